@@ -1,0 +1,232 @@
+// RoPE, cache append and attention over (sequence, key/value head, split of the cache).
+//
+// The work is cut so that threads get about the same: heads of rows for the rotation, and for the
+// attention itself one task a sequence, key/value head and split. The query heads of a group stay
+// together: they read the same keys and values.
+#include "attention.h"
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "recycle/attention.h"
+
+namespace recycle {
+
+namespace {
+
+int64_t splits_of(int64_t positions) {
+  const int64_t chunks = (positions + kChunk - 1) / kChunk;
+  return chunks < kSplits ? chunks : kSplits;
+}
+
+// Half-split rotation (GPT-NeoX order): dimension i turns with i + head_dim / 2.
+void rotate(float* head, const float* cos, const float* sin, int64_t head_dim) {
+  const int64_t half = head_dim / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float low = head[i];
+    const float high = head[i + half];
+    head[i] = low * cos[i] - high * sin[i];
+    head[i + half] = high * cos[i] + low * sin[i];
+  }
+}
+
+// Rounds to nearest even; a NaN stays one.
+uint16_t to_bf16(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  if ((bits & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+void write_cache(const float* head, const KvCache& cache, std::byte* positions, int64_t position) {
+  std::byte* at = positions + position * cache.head_dim * cache.element_bytes();
+  if (cache.type == CacheType::f32) {
+    std::memcpy(at, head, cache.head_dim * sizeof(float));
+    return;
+  }
+  for (int64_t i = 0; i < cache.head_dim; ++i) {
+    const uint16_t value = to_bf16(head[i]);
+    std::memcpy(at + i * 2, &value, 2);
+  }
+}
+
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace
+
+void AttentionWork::take(Arena& arena, int64_t rows, const AttentionShape& a,
+                         const AttentionShape& b) {
+  const int64_t heads = larger(a.n_heads, b.n_heads);
+  q = arena.take<float>(rows * larger(a.q_size(), b.q_size()));
+  k = arena.take<float>(rows * larger(a.kv_size(), b.kv_size()));
+  v = arena.take<float>(rows * larger(a.kv_size(), b.kv_size()));
+  cos = arena.take<float>(rows * larger(a.head_dim, b.head_dim) / 2);
+  sin = arena.take<float>(rows * larger(a.head_dim, b.head_dim) / 2);
+  weighted = arena.take<float>(rows * kSplits * larger(a.q_size(), b.q_size()));
+  total = arena.take<float>(rows * kSplits * heads);
+  maximum = arena.take<float>(rows * kSplits * heads);
+}
+
+void rope_tables(const Team& team, const Rows& rows, const float* inv_freq, int64_t head_dim,
+                 AttentionWork& work) {
+  const Range range = team.share(rows.n);
+  for (int64_t s = 0; s < rows.n_segments; ++s) {
+    const Segment& segment = rows.segments[s];
+    for (int64_t i = 0; i < segment.n_rows; ++i) {
+      const int64_t row = segment.row + i;
+      if (row < range.begin || row >= range.end) continue;
+      const float position = static_cast<float>(segment.position + i);
+      for (int64_t j = 0; j < head_dim / 2; ++j) {
+        // In float32, as the models were trained: at large positions the rounding is visible.
+        const float angle = position * inv_freq[j];
+        work.cos[row * (head_dim / 2) + j] = std::cos(angle);
+        work.sin[row * (head_dim / 2) + j] = std::sin(angle);
+      }
+    }
+  }
+}
+
+void rotate_and_append(const Team& team, const Rows& rows, const AttentionShape& shape,
+                       const float* q_norm, const float* k_norm, float eps, const KvCache& cache,
+                       int64_t layer, AttentionWork& work) {
+  const Kernels& isa = kernels();
+  const int64_t head_dim = shape.head_dim;
+  const int64_t heads = shape.n_heads + shape.n_kv_heads;
+  const Range range = team.share(rows.n * heads);
+  for (int64_t s = 0; s < rows.n_segments; ++s) {
+    const Segment& segment = rows.segments[s];
+    const int64_t first = larger(range.begin, segment.row * heads);
+    for (int64_t item = first; item < range.end && item < (segment.row + segment.n_rows) * heads;
+         ++item) {
+      const int64_t row = item / heads;
+      const int64_t head = item % heads;
+      const bool is_query = head < shape.n_heads;
+      const int64_t kv_head = head - shape.n_heads;
+      float* at = is_query ? work.q + row * shape.q_size() + head * head_dim
+                           : work.k + row * shape.kv_size() + kv_head * head_dim;
+      const float* norm = is_query ? q_norm : k_norm;
+      if (norm != nullptr) isa.rms_norm(at, norm, eps, head_dim, at);
+      rotate(at, work.cos + row * (head_dim / 2), work.sin + row * (head_dim / 2), head_dim);
+      if (is_query) continue;
+      const int64_t position = segment.position + row - segment.row;
+      write_cache(at, cache, cache.head(layer, 0, segment.sequence, kv_head), position);
+      write_cache(work.v + row * shape.kv_size() + kv_head * head_dim, cache,
+                  cache.head(layer, 1, segment.sequence, kv_head), position);
+    }
+  }
+}
+
+void attend_splits(const Team& team, const Rows& rows, const AttentionShape& shape,
+                   const KvCache& cache, int64_t layer, AttentionWork& work, float* tile) {
+  const Kernels& isa = kernels();
+  const int64_t group = shape.n_heads / shape.n_kv_heads;
+  int64_t tasks = 0;
+  for (int64_t s = 0; s < rows.n_segments; ++s)
+    tasks += splits_of(rows.segments[s].position + rows.segments[s].n_rows) * shape.n_kv_heads;
+  const Range range = team.share(tasks);
+
+  AttendTask task;
+  task.ld_q = shape.q_size();
+  task.group = group;
+  task.head_dim = shape.head_dim;
+  task.type = cache.type;
+  task.ld_weighted = shape.n_heads * kSplits * shape.head_dim;
+  task.ld_total = shape.n_heads * kSplits;
+  task.tile = tile;
+  int64_t index = 0;
+  for (int64_t s = 0; s < rows.n_segments; ++s) {
+    const Segment& segment = rows.segments[s];
+    const int64_t splits = splits_of(segment.position + segment.n_rows);
+    for (int64_t i = 0; i < splits * shape.n_kv_heads; ++i, ++index) {
+      if (index < range.begin || index >= range.end) continue;
+      const int64_t kv_head = i / splits;
+      const int64_t head = segment.row * shape.n_heads + kv_head * group;
+      task.split = i % splits;
+      task.n_rows = segment.n_rows;
+      task.first_position = segment.position;
+      task.q = work.q + segment.row * shape.q_size() + kv_head * group * shape.head_dim;
+      task.keys = cache.head(layer, 0, segment.sequence, kv_head);
+      task.values = cache.head(layer, 1, segment.sequence, kv_head);
+      task.weighted = work.weighted + (head * kSplits + task.split) * shape.head_dim;
+      task.total = work.total + head * kSplits + task.split;
+      task.maximum = work.maximum + head * kSplits + task.split;
+      isa.attend(task);
+    }
+  }
+}
+
+void merge_row(const AttentionShape& shape, const AttentionWork& work, int64_t row,
+               int64_t position, float* out) {
+  const Kernels& isa = kernels();
+  for (int64_t head = 0; head < shape.n_heads; ++head) {
+    const int64_t at = (row * shape.n_heads + head) * kSplits;
+    isa.merge_splits(work.weighted + at * shape.head_dim, work.total + at, work.maximum + at,
+                     splits_of(position + 1), shape.head_dim, out + head * shape.head_dim);
+  }
+}
+
+namespace {
+
+struct Call {
+  const AttentionParams& params;
+  AttentionShape shape;
+  AttentionWork work;
+  Rows rows;
+  float* tiles;
+};
+
+void take(Arena& arena, int64_t batch, int64_t n_rows, const AttentionShape& shape, int n_threads,
+          AttentionWork& work, Rows& rows, float*& tiles) {
+  work.take(arena, batch * n_rows, shape, shape);
+  rows.segments = arena.take<Segment>(batch);
+  tiles = arena.take<float>(n_threads * attend_tile_floats(shape.head_dim));
+}
+
+void run(const Team& team, void* context) {
+  Call& call = *static_cast<Call*>(context);
+  const AttentionParams& params = call.params;
+  const Range own = team.share(call.rows.n);
+  const int64_t q_size = call.shape.q_size();
+  const int64_t kv_size = call.shape.kv_size();
+  const auto copy = [own](float* to, const float* from, int64_t size) {
+    std::memcpy(to + own.begin * size, from + own.begin * size,
+                (own.end - own.begin) * size * sizeof(float));
+  };
+  copy(call.work.q, params.q, q_size);
+  copy(call.work.k, params.k, kv_size);
+  copy(call.work.v, params.v, kv_size);
+  rope_tables(team, call.rows, params.inv_freq, params.head_dim, call.work);
+  team.barrier();
+  rotate_and_append(team, call.rows, call.shape, params.q_norm, params.k_norm, params.eps,
+                    params.cache, 0, call.work);
+  team.barrier();
+  attend_splits(team, call.rows, call.shape, params.cache, 0, call.work,
+                call.tiles + team.thread * attend_tile_floats(params.head_dim));
+  team.barrier();
+  for (int64_t row = own.begin; row < own.end; ++row)
+    merge_row(call.shape, call.work, row, params.lengths[row / params.n_rows] + row % params.n_rows,
+              params.out + row * q_size);
+}
+
+}  // namespace
+
+int64_t attention_scratch_bytes(int64_t batch, int64_t n_rows, int64_t n_heads, int64_t n_kv_heads,
+                                int64_t head_dim, int n_threads) {
+  Arena arena(nullptr);
+  AttentionWork work;
+  Rows rows;
+  float* tiles;
+  take(arena, batch, n_rows, {n_heads, n_kv_heads, head_dim}, n_threads, work, rows, tiles);
+  return arena.used();
+}
+
+void attention_decode(const AttentionParams& params) {
+  Call call{params, {params.n_heads, params.n_kv_heads, params.head_dim}, {}, {}, nullptr};
+  Arena arena(params.scratch);
+  take(arena, params.batch, params.n_rows, call.shape, n_threads(), call.work, call.rows,
+       call.tiles);
+  for (int64_t b = 0; b < params.batch; ++b) call.rows.add(b, params.lengths[b], params.n_rows);
+  parallel(run, &call);
+}
+
+}  // namespace recycle

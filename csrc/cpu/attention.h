@@ -1,0 +1,49 @@
+// The phases of attention, run by every thread of a team; a barrier stands between one and the next.
+#pragma once
+
+#include <cstdint>
+
+#include "arena.h"
+#include "isa.h"
+#include "recycle/kv_cache.h"
+#include "recycle/parallel.h"
+#include "rows.h"
+
+namespace recycle {
+
+struct AttentionShape {
+  int64_t n_heads = 0, n_kv_heads = 0, head_dim = 0;
+
+  int64_t q_size() const { return n_heads * head_dim; }
+  int64_t kv_size() const { return n_kv_heads * head_dim; }
+};
+
+// Shared arrays. q, k and v are filled by the caller.
+struct AttentionWork {
+  float *q, *k, *v;   // [rows, q_size], [rows, kv_size] twice
+  float *cos, *sin;   // [rows, head_dim / 2]
+  float* weighted;    // [rows, n_heads, kSplits, head_dim]
+  float *total, *maximum;  // [rows, n_heads, kSplits]
+
+  // Room for either of two shapes, one after the other.
+  void take(Arena& arena, int64_t rows, const AttentionShape& a, const AttentionShape& b);
+};
+
+// cos and sin of position * inv_freq for each row.
+void rope_tables(const Team& team, const Rows& rows, const float* inv_freq, int64_t head_dim,
+                 AttentionWork& work);
+
+// Norms (where there are any) and rotates q and k, and writes k and v to the cache.
+void rotate_and_append(const Team& team, const Rows& rows, const AttentionShape& shape,
+                       const float* q_norm, const float* k_norm, float eps, const KvCache& cache,
+                       int64_t layer, AttentionWork& work);
+
+// tile: this thread's own, [attend_tile_floats(head_dim)].
+void attend_splits(const Team& team, const Rows& rows, const AttentionShape& shape,
+                   const KvCache& cache, int64_t layer, AttentionWork& work, float* tile);
+
+// Attention's output for one row at `position`: [n_heads, head_dim].
+void merge_row(const AttentionShape& shape, const AttentionWork& work, int64_t row,
+               int64_t position, float* out);
+
+}  // namespace recycle

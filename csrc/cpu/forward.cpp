@@ -1,0 +1,168 @@
+// One layer is six phases with a barrier after each:
+//
+//   1  RMSNorm, then q, k and v            products, k = hidden
+//   2  norm and RoPE of q and k, append    a few hundred multiplications a head
+//   3  attention, split by split
+//   4  merge of the splits, then o         product, k = heads * head_dim, added to the residual
+//   5  RMSNorm, then gate, up and SwiGLU   products, k = hidden
+//   6  down                                product, k = intermediate, added to the residual
+//
+// Bounded by reading the weights in 1, 4, 5 and 6. Threads share out panels of outputs, so that no two
+// of them add to the same number. What comes before a product (norms, the merge) each thread does for
+// itself: 600 multiplications cost less than one more barrier.
+// Every output of a row is computed by the same operations in the same order whatever the number of rows
+// and threads.
+#include "forward.h"
+
+namespace recycle {
+
+void ForwardWork::take(Arena& arena, int64_t rows, const Stack& a, const Stack& b, int n_threads) {
+  const auto larger = [](int64_t x, int64_t y) { return x > y ? x : y; };
+  const int64_t intermediate = larger(a.intermediate, b.intermediate);
+  const int64_t widest = larger(larger(a.q_size(), b.q_size()), 2 * a.hidden);
+  x = arena.take<float>(rows * a.hidden);
+  attention.take(arena, rows, attention_shape(a), attention_shape(b));
+  activation = arena.take<float>(rows * intermediate);
+  for (int t = 0; t < n_threads; ++t) {
+    threads[t].input = arena.take<float>(rows * widest);
+    threads[t].block_sums = arena.take<float>(rows * larger(widest, intermediate) / kBlock);
+    threads[t].tile = arena.take<float>(rows * kTileRows);
+    threads[t].tile2 = arena.take<float>(rows * kTileRows);
+    threads[t].attend_tile =
+        arena.take<float>(attend_tile_floats(larger(a.head_dim, b.head_dim)));
+  }
+}
+
+namespace {
+
+bool needs_block_sums(const Matrix& matrix) {
+  return matrix.format == Format::q4_0 || matrix.format == Format::q4_1;
+}
+
+class LayerPass {
+ public:
+  LayerPass(const Team& team, const Stack& stack, const KvCache& cache, const Rows& rows,
+            ForwardWork& work)
+      : team_(team), stack_(stack), cache_(cache), rows_(rows), work_(work),
+        own_(work.threads[team.thread]) {}
+
+  void run(int64_t index) {
+    const Layer layer = stack_.layer(index);
+    const AttentionShape shape = attention_shape(stack_);
+
+    project_qkv(layer);
+    team_.barrier();
+    rotate_and_append(team_, rows_, shape, layer.q_norm, layer.k_norm, stack_.eps, cache_, index,
+                      work_.attention);
+    team_.barrier();
+    attend_splits(team_, rows_, shape, cache_, index, work_.attention, own_.attend_tile);
+    team_.barrier();
+    merge(shape);
+    add_product(layer.o, own_.input);
+    team_.barrier();
+    gate_and_up(layer);
+    team_.barrier();
+    add_product(layer.down, work_.activation);
+    team_.barrier();
+  }
+
+ private:
+  // own_.input = norm of the residual stream
+  void normalise(const float* weight) {
+    const int64_t hidden = stack_.hidden;
+    for (int64_t row = 0; row < rows_.n; ++row) {
+      const float* x = work_.x + row * hidden;
+      float* out = own_.input + row * hidden;
+      if (weight != nullptr) {
+        kernels().rms_norm(x, weight, stack_.eps, hidden, out);
+      } else {
+        for (int64_t i = 0; i < hidden; ++i) out[i] = x[i];
+      }
+    }
+  }
+
+  void sum_blocks(const float* x, const Matrix& a, const Matrix& b, const Matrix& c) {
+    if (needs_block_sums(a) || needs_block_sums(b) || needs_block_sums(c))
+      kernels().block_sums(x, a.k, rows_.n, a.k, own_.block_sums);
+  }
+
+  void project_qkv(const Layer& layer) {
+    normalise(layer.input_norm);
+    sum_blocks(own_.input, layer.q, layer.k, layer.v);
+    const int64_t q_panels = n_panels(layer.q.n);
+    const int64_t kv_panels = n_panels(layer.k.n);
+    const Range range = team_.share(q_panels + 2 * kv_panels);
+    project(layer.q, layer.q_bias, range, 0, work_.attention.q);
+    project(layer.k, layer.k_bias, range, q_panels, work_.attention.k);
+    project(layer.v, layer.v_bias, range, q_panels + kv_panels, work_.attention.v);
+  }
+
+  // The part of `range` that falls on a matrix whose panels begin at `first`.
+  void project(const Matrix& matrix, const float* bias, Range range, int64_t first, float* out) {
+    const int64_t panels = n_panels(matrix.n);
+    const Range mine = {range.begin > first ? range.begin - first : 0,
+                        range.end - first < panels ? range.end - first : panels};
+    product_tiles(matrix, mine, own_.input, rows_.n, own_,
+                  [&](int64_t row, int64_t n, int64_t count, const float* values) {
+                    float* to = out + row * matrix.n + n;
+                    for (int64_t i = 0; i < count; ++i)
+                      to[i] = bias != nullptr ? values[i] + bias[n + i] : values[i];
+                  });
+  }
+
+  void merge(const AttentionShape& shape) {
+    for (int64_t s = 0; s < rows_.n_segments; ++s) {
+      const Segment& segment = rows_.segments[s];
+      for (int64_t i = 0; i < segment.n_rows; ++i)
+        merge_row(shape, work_.attention, segment.row + i, segment.position + i,
+                  own_.input + (segment.row + i) * shape.q_size());
+    }
+  }
+
+  // The residual stream += matrix x
+  void add_product(const Matrix& matrix, const float* x) {
+    sum_blocks(x, matrix, matrix, matrix);
+    product_tiles(matrix, team_.share(n_panels(matrix.n)), x, rows_.n, own_,
+                  [&](int64_t row, int64_t n, int64_t count, const float* values) {
+                    float* to = work_.x + row * stack_.hidden + n;
+                    for (int64_t i = 0; i < count; ++i) to[i] += values[i];
+                  });
+  }
+
+  void gate_and_up(const Layer& layer) {
+    normalise(layer.post_norm);
+    sum_blocks(own_.input, layer.gate, layer.up, layer.up);
+    const Range range = team_.share(n_panels(layer.gate.n));
+    for (int64_t panel = range.begin; panel < range.end; panel += kTilePanels) {
+      const int64_t left = range.end - panel;
+      const int64_t count = left < kTilePanels ? left : kTilePanels;
+      const auto tile_of = [&](const Matrix& matrix, float* tile) {
+        kernels().product(matrix, panel, count, own_.input, matrix.k, rows_.n, own_.block_sums,
+                          tile);
+      };
+      tile_of(layer.gate, own_.tile);
+      tile_of(layer.up, own_.tile2);
+      for (int64_t row = 0; row < rows_.n; ++row)
+        kernels().swiglu(own_.tile + row * kTileRows, own_.tile2 + row * kTileRows,
+                         count * kPanelRows,
+                         work_.activation + row * stack_.intermediate + panel * kPanelRows);
+    }
+  }
+
+  const Team& team_;
+  const Stack& stack_;
+  const KvCache& cache_;
+  const Rows& rows_;
+  ForwardWork& work_;
+  const ThreadWork& own_;
+};
+
+}  // namespace
+
+void forward(const Team& team, const Stack& stack, const KvCache& cache, const Rows& rows,
+             ForwardWork& work) {
+  LayerPass pass(team, stack, cache, rows, work);
+  for (int64_t layer = 0; layer < stack.n_layers; ++layer) pass.run(layer);
+}
+
+}  // namespace recycle

@@ -1,0 +1,57 @@
+// A stack of transformer layers over some rows: the base model's, or the module's.
+#pragma once
+
+#include <cstdint>
+
+#include "arena.h"
+#include "attention.h"
+#include "isa.h"
+#include "recycle/kv_cache.h"
+#include "recycle/model.h"
+#include "recycle/parallel.h"
+#include "rows.h"
+
+namespace recycle {
+
+inline AttentionShape attention_shape(const Stack& stack) {
+  return {stack.n_heads, stack.n_kv_heads, stack.head_dim};
+}
+
+// One thread's own arrays.
+struct ThreadWork {
+  float* input;        // [rows, widest product input]
+  float* block_sums;   // [rows, widest product input / 32]
+  float *tile, *tile2;  // [rows, kTileRows]
+  float* attend_tile;
+};
+
+// What the layers work on; shared by the threads but for `threads`.
+struct ForwardWork {
+  float* x;           // [rows, hidden] the residual stream: embeddings in, last layer's output out
+  AttentionWork attention;
+  float* activation;  // [rows, intermediate]
+  ThreadWork threads[kMaxThreads];
+
+  // Room for `rows` rows through either stack, and for products with 2 hidden inputs.
+  void take(Arena& arena, int64_t rows, const Stack& a, const Stack& b, int n_threads);
+};
+
+// out(row, first output, 16-aligned count, values) is called for each row and tile of the product of
+// x [rows, matrix.k] with panels [range.begin, range.end).
+template <class Out>
+void product_tiles(const Matrix& matrix, Range panels, const float* x, int64_t rows,
+                   const ThreadWork& own, Out out) {
+  for (int64_t panel = panels.begin; panel < panels.end; panel += kTilePanels) {
+    const int64_t count = panels.end - panel < kTilePanels ? panels.end - panel : kTilePanels;
+    kernels().product(matrix, panel, count, x, matrix.k, rows, own.block_sums, own.tile);
+    for (int64_t row = 0; row < rows; ++row)
+      out(row, panel * kPanelRows, count * kPanelRows, own.tile + row * kTileRows);
+  }
+}
+
+// Every thread of the team calls this; work.x and the RoPE tables are ready. The rows' keys and values are
+// in the cache and work.x is the output when it returns (after a barrier).
+void forward(const Team& team, const Stack& stack, const KvCache& cache, const Rows& rows,
+             ForwardWork& work);
+
+}  // namespace recycle

@@ -1,0 +1,79 @@
+// The kernels that exist once for each instruction set, as a table of functions. The same source
+// (isa/*.h) is compiled for each set; which table runs is decided once, at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "recycle/format.h"
+#include "recycle/kv_cache.h"
+
+namespace recycle {
+
+// Outputs of one product() call: [rows, kTileRows].
+inline constexpr int64_t kTileRows = kTilePanels * kPanelRows;
+
+// Positions of the cache that attention handles together, and parts the cache is split in for
+// parallelism (part s: chunks s, s + kSplits, ...). Both depend on nothing but the position: the
+// order of operations of a row is the same whatever the threads.
+inline constexpr int64_t kChunk = 64;
+inline constexpr int64_t kSplits = 16;
+
+// The running best of a row: lane i has seen the ids i, i + 16, ...
+struct ArgMax {
+  float value[kPanelRows];
+  int32_t id[kPanelRows];
+  float poison[kPanelRows];  // 0, or NaN once a NaN or an infinity was seen
+};
+
+// Attention of some query rows of one key/value head's group to one split of the cache. Results are
+// unnormalised: weighted values, their total weight, and the maximum the weights refer to.
+struct AttendTask {
+  const float* q = nullptr;  // [n_rows, ld_q], the first head of the group
+  int64_t ld_q = 0;
+  int64_t n_rows = 0, group = 0, head_dim = 0;
+  int64_t first_position = 0;  // of row 0; row r sees positions 0 .. first_position + r
+  const std::byte* keys = nullptr;  // [capacity, head_dim]
+  const std::byte* values = nullptr;
+  CacheType type = CacheType::f32;
+  int64_t split = 0;
+  float* weighted = nullptr;  // row r, head g: + r * ld_weighted + g * kSplits * head_dim
+  float* total = nullptr;     // row r, head g: + r * ld_total + g * kSplits
+  float* maximum = nullptr;   // as total
+  int64_t ld_weighted = 0, ld_total = 0;
+  float* tile = nullptr;  // [attend_tile_floats(head_dim)]
+};
+
+constexpr int64_t attend_tile_floats(int64_t head_dim) { return 2 * kChunk * head_dim; }
+
+struct Kernels {
+  const char* name;
+
+  // out[r][0..16 panels) = x[r] . rows of `panels` panels from `panel` on. x: [rows, ld_x].
+  // block_sums: [rows, k / 32], needed by q4_0 and q4_1 only. out: [rows, kTileRows].
+  void (*product)(const Matrix& matrix, int64_t panel, int64_t panels, const float* x, int64_t ld_x,
+                  int64_t rows, const float* block_sums, float* out);
+  // Sums of each 32 consecutive values of x: [rows, ld_x] -> [rows, k / 32].
+  void (*block_sums)(const float* x, int64_t ld_x, int64_t rows, int64_t k, float* sums);
+  // out = x / sqrt(mean(x^2) + eps) * weight. n: a multiple of 16. In place is fine.
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
+  // out = gate * sigmoid(gate) * up
+  void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
+  void (*attend)(const AttendTask& task);
+  // out = sum over splits of exp(maximum - best) * weighted, over the same sum of totals.
+  void (*merge_splits)(const float* weighted, const float* total, const float* maximum,
+                       int64_t n_splits, int64_t head_dim, float* out);
+  // Takes values[0..n) with ids first_id.. into account. first_id and all but the last n: multiples of 16.
+  void (*argmax)(const float* values, int64_t n, int64_t first_id, ArgMax* best);
+  float (*max_value)(const float* values, int64_t n);
+  // Sum of exp((values - maximum) * scale); each term also goes to `out` unless that is null.
+  float (*exp_sum)(const float* values, int64_t n, float maximum, float scale, float* out);
+};
+
+// The table in use: the best this processor can run, or the one chosen by force_isa().
+const Kernels& kernels();
+// "generic", "avx2" or "avx512"; false if this build or this processor doesn't have it. Null: the best.
+bool force_isa(const char* name);
+// Names this build has and this processor can run, best last.
+int runnable_isas(const char* names[3]);
+
+}  // namespace recycle

@@ -1,0 +1,116 @@
+// Grouped-query attention of a few query rows to the cache.
+//
+//   q [rows, group, head_dim] float32 (after RoPE), keys and values [positions, head_dim] float32 or
+//   bfloat16  ->  weighted values, total weight and maximum of each (row, head), for one split
+//
+// Online softmax (Milakov and Gimelshein 2018) over chunks of 64 positions; splits are merged afterwards
+// (Flash-Decoding). Bounded by the cache's bytes for one row once the context is long; at a few hundred
+// positions by the horizontal sum of each score. A bfloat16 chunk is widened once for all heads and
+// rows of the group.
+// Which positions make a chunk and a split depends on positions alone, so a row's result doesn't depend
+// on how many rows come with it.
+#pragma once
+
+namespace recycle::RECYCLE_ISA {
+namespace {
+
+const float* widen(const std::byte* rows, CacheType type, int64_t count, float* tile) {
+  if (type == CacheType::f32) return reinterpret_cast<const float*>(rows);
+  for (int64_t i = 0; i < count; i += 16) store(tile + i, load_bf16(rows + i * 2));
+  return tile;
+}
+
+// Scores of `length` keys, filled up to a multiple of 16 with -inf; returns their maximum.
+inline float scores_of(const float* q, const float* keys, int64_t length, int64_t head_dim,
+                       float* scores) {
+  const float scale = 1 / __builtin_sqrtf(static_cast<float>(head_dim));
+  for (int64_t p = 0; p < length; ++p) {
+    Lanes product = splat(0);
+    for (int64_t i = 0; i < head_dim; i += 16)
+      product = fma(load(q + i), load(keys + p * head_dim + i), product);
+    scores[p] = sum(product) * scale;
+  }
+  for (int64_t p = length; p < round_up(length, 16); ++p) scores[p] = -__builtin_inff();
+  Lanes largest = load(scores);
+  for (int64_t p = 16; p < length; p += 16) largest = max(largest, load(scores + p));
+  return max_of(largest);
+}
+
+void attend(const AttendTask& task) {
+  const int64_t head_dim = task.head_dim;
+  const int64_t row_bytes = head_dim * (task.type == CacheType::f32 ? 4 : 2);
+  const int64_t end = task.first_position + task.n_rows;  // positions the last row sees
+  float* key_tile = task.tile;
+  float* value_tile = task.tile + kChunk * head_dim;
+  const auto head_of = [&](float* base, int64_t ld, int64_t unit, int64_t r, int64_t g) {
+    return base + r * ld + g * kSplits * unit;
+  };
+
+  for (int64_t r = 0; r < task.n_rows; ++r)
+    for (int64_t g = 0; g < task.group; ++g) {
+      *head_of(task.maximum, task.ld_total, 1, r, g) = -__builtin_inff();
+      *head_of(task.total, task.ld_total, 1, r, g) = 0;
+      float* weighted = head_of(task.weighted, task.ld_weighted, head_dim, r, g);
+      for (int64_t i = 0; i < head_dim; i += 16) store(weighted + i, splat(0));
+    }
+
+  for (int64_t begin = task.split * kChunk; begin < end; begin += kSplits * kChunk) {
+    const int64_t count = end - begin < kChunk ? end - begin : kChunk;
+    const float* keys = widen(task.keys + begin * row_bytes, task.type, count * head_dim, key_tile);
+    const float* values =
+        widen(task.values + begin * row_bytes, task.type, count * head_dim, value_tile);
+    for (int64_t r = 0; r < task.n_rows; ++r) {
+      const int64_t seen = task.first_position + r + 1 - begin;
+      const int64_t length = seen < count ? seen : count;
+      if (length <= 0) continue;
+      for (int64_t g = 0; g < task.group; ++g) {
+        alignas(64) float scores[kChunk];
+        float* maximum = head_of(task.maximum, task.ld_total, 1, r, g);
+        float* total = head_of(task.total, task.ld_total, 1, r, g);
+        float* weighted = head_of(task.weighted, task.ld_weighted, head_dim, r, g);
+        const float* q = task.q + r * task.ld_q + g * head_dim;
+        const float chunk_maximum = scores_of(q, keys, length, head_dim, scores);
+        const float largest = chunk_maximum > *maximum ? chunk_maximum : *maximum;
+        Lanes chunk_total = splat(0);
+        for (int64_t p = 0; p < length; p += 16) {
+          const Lanes weight = exp(sub(load(scores + p), splat(largest)));
+          store(scores + p, weight);
+          chunk_total = add(chunk_total, weight);
+        }
+        alignas(64) float correction[16];
+        store(correction, exp(splat(*maximum - largest)));
+        *maximum = largest;
+        *total = *total * correction[0] + sum(chunk_total);
+        for (int64_t i = 0; i < head_dim; i += 16) {
+          Lanes value = mul(load(weighted + i), splat(correction[0]));
+          for (int64_t p = 0; p < length; ++p)
+            value = fma(splat(scores[p]), load(values + p * head_dim + i), value);
+          store(weighted + i, value);
+        }
+      }
+    }
+  }
+}
+
+void merge_splits(const float* weighted, const float* total, const float* maximum,
+                  int64_t n_splits, int64_t head_dim, float* out) {
+  float largest = maximum[0];
+  for (int64_t s = 1; s < n_splits; ++s) largest = maximum[s] > largest ? maximum[s] : largest;
+  alignas(64) float factor[kSplits];
+  for (int64_t s = 0; s < kSplits; ++s)
+    factor[s] = s < n_splits ? maximum[s] - largest : -__builtin_inff();
+  static_assert(kSplits == 16);
+  store(factor, exp(load(factor)));
+  float all = 0;
+  for (int64_t s = 0; s < n_splits; ++s) all += factor[s] * total[s];
+  const Lanes scale = splat(1 / all);
+  for (int64_t i = 0; i < head_dim; i += 16) {
+    Lanes value = splat(0);
+    for (int64_t s = 0; s < n_splits; ++s)
+      value = fma(splat(factor[s]), load(weighted + s * head_dim + i), value);
+    store(out + i, mul(value, scale));
+  }
+}
+
+}  // namespace
+}  // namespace recycle::RECYCLE_ISA

@@ -1,0 +1,3 @@
+#define RECYCLE_ISA generic
+#include "lanes_generic.h"
+#include "table.h"

@@ -1,0 +1,121 @@
+// 16 float lanes in two AVX2 registers. See lanes_generic.h for what each function means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace recycle::avx2 {
+namespace {
+
+struct Lanes {
+  __m256 lo, hi;
+};
+struct Raw {
+  __m256i lo, hi;
+};
+
+// 16 registers: at most 12 accumulators (a panel takes two), so that two weights and the activation
+// fit beside them. One row wants four panels: an FMA takes 4 cycles and two start in each.
+constexpr int max_rows() { return 6; }
+constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 2 ? 2 : 1; }
+
+inline Lanes splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, Lanes a) {
+  _mm256_storeu_ps(p, a.lo);
+  _mm256_storeu_ps(p + 8, a.hi);
+}
+inline Lanes fma(Lanes a, Lanes b, Lanes c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+inline Lanes add(Lanes a, Lanes b) {
+  return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+inline Lanes sub(Lanes a, Lanes b) {
+  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+inline Lanes mul(Lanes a, Lanes b) {
+  return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+}
+inline Lanes div(Lanes a, Lanes b) {
+  return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
+inline Lanes max(Lanes a, Lanes b) {
+  return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
+}
+inline Lanes keep_above(Lanes value, Lanes x, float limit) {
+  const __m256 least = _mm256_set1_ps(limit);
+  return {_mm256_and_ps(value.lo, _mm256_cmp_ps(x.lo, least, _CMP_GE_OQ)),
+          _mm256_and_ps(value.hi, _mm256_cmp_ps(x.hi, least, _CMP_GE_OQ))};
+}
+inline Lanes round(Lanes a) {
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(a.lo, nearest), _mm256_round_ps(a.hi, nearest)};
+}
+inline __m256 power_of_2(__m256 n) {
+  const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+inline Lanes power_of_2(Lanes n) { return {power_of_2(n.lo), power_of_2(n.hi)}; }
+inline float sum(Lanes a) {
+  const __m256 eight = _mm256_add_ps(a.lo, a.hi);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float max_of(Lanes a) {
+  const __m256 eight = _mm256_max_ps(a.lo, a.hi);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+inline __m128i load_128(const std::byte* p) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+}
+inline __m256i load_256(const std::byte* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline Lanes load_bf16(const std::byte* p) {
+  const __m256i lo = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(p)), 16);
+  const __m256i hi = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(p + 16)), 16);
+  return {_mm256_castsi256_ps(lo), _mm256_castsi256_ps(hi)};
+}
+inline Lanes load_f16(const std::byte* p) {
+  return {_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 16))};
+}
+inline Raw load_raw(const std::byte* p) { return {load_256(p), load_256(p + 32)}; }
+inline Lanes bf16_even(Raw raw) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(raw.lo, 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(raw.hi, 16))};
+}
+inline Lanes bf16_odd(Raw raw) {
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
+  return {_mm256_castsi256_ps(_mm256_and_si256(raw.lo, upper)),
+          _mm256_castsi256_ps(_mm256_and_si256(raw.hi, upper))};
+}
+template <int j>
+inline __m256 q8(__m256i raw) {
+  if constexpr (j < 3) raw = _mm256_slli_epi32(raw, 24 - 8 * j);
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(raw, 24));
+}
+template <int j>
+inline Lanes q8(Raw raw) {
+  return {q8<j>(raw.lo), q8<j>(raw.hi)};
+}
+template <int j>
+inline __m256 q4(__m256i raw) {
+  constexpr int shift = j % 4 * 8 + j / 4 * 4;
+  if constexpr (shift > 0) raw = _mm256_srli_epi32(raw, shift);
+  if constexpr (shift < 28) raw = _mm256_and_si256(raw, _mm256_set1_epi32(15));
+  return _mm256_cvtepi32_ps(raw);
+}
+template <int j>
+inline Lanes q4(Raw raw) {
+  return {q4<j>(raw.lo), q4<j>(raw.hi)};
+}
+
+}  // namespace
+}  // namespace recycle::avx2

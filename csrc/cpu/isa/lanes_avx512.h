@@ -1,0 +1,80 @@
+// 16 float lanes in one AVX-512 register. See lanes_generic.h for what each function means. Bit for bit
+// the results of lanes_avx2.h: the same operations on each lane, the same tree in sum().
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace recycle::avx512 {
+namespace {
+
+struct Lanes {
+  __m512 v;
+};
+struct Raw {
+  __m512i v;
+};
+
+// 32 registers: at most 24 accumulators.
+constexpr int max_rows() { return 6; }
+constexpr int panels_for(int) { return 4; }
+
+inline Lanes splat(float x) { return {_mm512_set1_ps(x)}; }
+inline Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, Lanes a) { _mm512_storeu_ps(p, a.v); }
+inline Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Lanes sub(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Lanes mul(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Lanes div(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Lanes max(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Lanes keep_above(Lanes value, Lanes x, float limit) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_GE_OQ), value.v)};
+}
+inline Lanes round(Lanes a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline Lanes power_of_2(Lanes n) {
+  const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
+}
+inline float sum(Lanes a) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float max_of(Lanes a) { return _mm512_reduce_max_ps(a.v); }
+
+inline __m256i load_256(const std::byte* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline Lanes load_bf16(const std::byte* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_256(p)), 16))};
+}
+inline Lanes load_f16(const std::byte* p) { return {_mm512_cvtph_ps(load_256(p))}; }
+inline Raw load_raw(const std::byte* p) { return {_mm512_loadu_si512(p)}; }
+inline Lanes bf16_even(Raw raw) { return {_mm512_castsi512_ps(_mm512_slli_epi32(raw.v, 16))}; }
+inline Lanes bf16_odd(Raw raw) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+  return {_mm512_castsi512_ps(_mm512_and_si512(raw.v, upper))};
+}
+template <int j>
+inline Lanes q8(Raw raw) {
+  __m512i bits = raw.v;
+  if constexpr (j < 3) bits = _mm512_slli_epi32(bits, 24 - 8 * j);
+  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(bits, 24))};
+}
+template <int j>
+inline Lanes q4(Raw raw) {
+  constexpr int shift = j % 4 * 8 + j / 4 * 4;
+  __m512i bits = raw.v;
+  if constexpr (shift > 0) bits = _mm512_srli_epi32(bits, shift);
+  if constexpr (shift < 28) bits = _mm512_and_si512(bits, _mm512_set1_epi32(15));
+  return {_mm512_cvtepi32_ps(bits)};
+}
+
+}  // namespace
+}  // namespace recycle::avx512

@@ -1,0 +1,15 @@
+// Reading single values out of packed weights.
+#pragma once
+
+#include <cstdint>
+
+#include "recycle/format.h"
+
+namespace recycle {
+
+float half_to_float(uint16_t half);
+
+// Row `row` of the matrix as float32, [k].
+void unpack_row(const Matrix& matrix, int64_t row, float* out);
+
+}  // namespace recycle

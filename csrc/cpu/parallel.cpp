@@ -1,0 +1,167 @@
+#include "recycle/parallel.h"
+
+#include <atomic>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace recycle {
+
+namespace {
+
+inline void relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// ~50 us: longer than any phase of a small model's step, shorter than anyone notices.
+constexpr int kSpin = 2000;
+
+// Waits until `value` is no longer `old`: spins at first, then sleeps.
+void await_change(const std::atomic<uint32_t>& value, uint32_t old, int spin) {
+  for (int i = 0; i < spin; ++i) {
+    if (value.load(std::memory_order_acquire) != old) return;
+    relax();
+  }
+  value.wait(old, std::memory_order_acquire);
+}
+
+}  // namespace
+
+class Barrier {
+ public:
+  void reset(int n_threads, int spin) {
+    n_threads_ = n_threads;
+    spin_ = spin;
+  }
+
+  void arrive_and_wait() {
+    const uint32_t generation = generation_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == n_threads_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      generation_.store(generation + 1, std::memory_order_release);
+      generation_.notify_all();
+      return;
+    }
+    // wait() may return while the value is still the old one's copy: ask again.
+    while (generation_.load(std::memory_order_acquire) == generation)
+      await_change(generation_, generation, spin_);
+  }
+
+ private:
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> generation_{0};
+  int n_threads_ = 1;
+  int spin_ = 0;
+};
+
+void Team::barrier() const {
+  if (n_threads > 1) sync->arrive_and_wait();
+}
+
+namespace {
+
+class Pool {
+ public:
+  explicit Pool(int n_threads) : n_threads_(n_threads) {
+    spin_ = n_threads <= available_cores() ? kSpin : 0;
+    barrier_.reset(n_threads, spin_);
+    for (int thread = 1; thread < n_threads; ++thread)
+      workers_.emplace_back([this, thread] { work(thread); });
+  }
+
+  ~Pool() {
+    stop_ = true;
+    start_.fetch_add(1, std::memory_order_release);
+    start_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
+
+  int size() const { return n_threads_; }
+
+  void run(ParallelFunction function, void* context) {
+    function_ = function;
+    context_ = context;
+    start_.fetch_add(1, std::memory_order_release);
+    start_.notify_all();
+    function(Team{0, n_threads_, &barrier_}, context);
+    barrier_.arrive_and_wait();
+  }
+
+ private:
+  void work(int thread) {
+    uint32_t seen = 0;
+    while (true) {
+      while (start_.load(std::memory_order_acquire) == seen) await_change(start_, seen, spin_);
+      ++seen;
+      if (stop_) return;
+      function_(Team{thread, n_threads_, &barrier_}, context_);
+      barrier_.arrive_and_wait();
+    }
+  }
+
+  const int n_threads_;
+  int spin_ = 0;
+  Barrier barrier_;
+  alignas(64) std::atomic<uint32_t> start_{0};
+  ParallelFunction function_ = nullptr;
+  void* context_ = nullptr;
+  bool stop_ = false;
+  std::vector<std::thread> workers_;
+};
+
+std::mutex pool_mutex;
+Pool* pool = nullptr;
+std::atomic<int> wanted_threads{0};
+
+// The threads of a pool don't exist in a forked child: the child starts a new pool, and the parent's
+// is left alone there (joining its threads would never end).
+void forget_pool_after_fork() {
+  pool = nullptr;
+  new (&pool_mutex) std::mutex;
+}
+
+}  // namespace
+
+int available_cores() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
+#endif
+  const unsigned cores = std::thread::hardware_concurrency();
+  return cores == 0 ? 1 : static_cast<int>(cores);
+}
+
+int n_threads() {
+  const int wanted = wanted_threads.load(std::memory_order_relaxed);
+  return wanted > 0 ? wanted : available_cores() < kMaxThreads ? available_cores() : kMaxThreads;
+}
+
+void set_n_threads(int n) { wanted_threads.store(n, std::memory_order_relaxed); }
+
+void parallel(ParallelFunction function, void* context) {
+#if defined(__linux__)
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_after_fork);
+  (void)registered;
+#endif
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  const int wanted = n_threads();
+  if (pool == nullptr || pool->size() != wanted) {
+    delete pool;
+    pool = new Pool(wanted);
+  }
+  pool->run(function, context);
+}
+
+}  // namespace recycle

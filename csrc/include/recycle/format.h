@@ -1,0 +1,111 @@
+// How a weight matrix lies in memory.
+//
+// A matrix W [n, k] computes y = W x, one output per row. Rows are packed in panels of 16: the 16
+// rows of a panel sit side by side, so that one vector register holds one column of 16 (AVX-512) or
+// 8 (AVX2) outputs, and a product is a running sum over k with the activation broadcast. That gives
+//   - no horizontal sums, and an epilogue (RoPE, SwiGLU, residual, argmax) on whole vectors;
+//   - one order of summation for an output, whatever the instruction set, the number of rows or of
+//     threads: k ascending (inside a block of 32 first, for quantised formats). Lossless decoding
+//     rests on this.
+// The last panel is filled up with zero rows. Panels are 64-byte aligned and follow each other.
+//
+//   format  layout of a panel                                                        bytes a weight
+//   f32     [k][16] float                                                            4
+//   f16     [k][16] half                                                             2
+//   bf16    [k/2][16][2] bfloat16: two k in one 32-bit lane, widened with one         2
+//           shift or one mask (also the operand order of AVX512_BF16 and AMX)
+//   q8_0    [k/32][16] half scales; [k/4][16][4] int8: four k in one lane, the       1.0625
+//           operand order of VNNI dot products
+//   q4_0    [k/32][16] half scales; [k/8][16][4] bytes, low nibbles k..k+3, high     0.5625
+//           nibbles k+4..k+7; weight = scale * (nibble - 8)
+//   q4_1    [k/32]{[16] half scales, [16] half minima}; quants as q4_0;              0.625
+//           weight = scale * nibble + minimum
+// The quantised formats hold exactly the bits of the GGUF blocks of the same name.
+//
+// Tried and rejected: dot products along k (rows contiguous): the horizontal sums cost as much as the
+// products at k = 576, and the order of summation then depends on the vector width.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace recycle {
+
+enum class Format : int32_t { f32 = 0, f16 = 1, bf16 = 2, q8_0 = 3, q4_0 = 4, q4_1 = 5 };
+inline constexpr int kFormats = 6;
+
+inline constexpr int64_t kPanelRows = 16;
+inline constexpr int64_t kBlock = 32;      // weights that share a scale
+inline constexpr int64_t kAlign = 64;      // bytes; a cache line
+inline constexpr int64_t kTilePanels = 4;  // panels a kernel call takes at most
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+constexpr int64_t n_panels(int64_t n) { return (n + kPanelRows - 1) / kPanelRows; }
+
+constexpr bool is_quantised(Format format) { return format >= Format::q8_0; }
+
+// k must be a multiple of this.
+constexpr int64_t k_multiple(Format format) { return is_quantised(format) ? kBlock : kPanelRows; }
+
+// Bytes of the scales that open a panel of a quantised format; the quants follow.
+constexpr int64_t scale_bytes(Format format, int64_t k) {
+  const int64_t halves = !is_quantised(format) ? 0 : format == Format::q4_1 ? 2 : 1;
+  return round_up(k / kBlock * kPanelRows * 2 * halves, kAlign);
+}
+
+constexpr int64_t panel_bytes(Format format, int64_t k) {
+  switch (format) {
+    case Format::f32:
+      return k * kPanelRows * 4;
+    case Format::f16:
+    case Format::bf16:
+      return k * kPanelRows * 2;
+    case Format::q8_0:
+      return scale_bytes(format, k) + k * kPanelRows;
+    case Format::q4_0:
+    case Format::q4_1:
+      return scale_bytes(format, k) + k * kPanelRows / 2;
+  }
+  return 0;
+}
+
+constexpr int64_t matrix_bytes(Format format, int64_t n, int64_t k) {
+  return n_panels(n) * panel_bytes(format, k);
+}
+
+// Bytes of one row before packing: plain elements, or GGUF blocks.
+constexpr int64_t row_bytes(Format format, int64_t k) {
+  switch (format) {
+    case Format::f32:
+      return k * 4;
+    case Format::f16:
+    case Format::bf16:
+      return k * 2;
+    case Format::q8_0:
+      return k / kBlock * 34;
+    case Format::q4_0:
+      return k / kBlock * 18;
+    case Format::q4_1:
+      return k / kBlock * 20;
+  }
+  return 0;
+}
+
+struct Matrix {
+  const std::byte* data = nullptr;  // packed panels
+  Format format = Format::f32;
+  int64_t n = 0;  // outputs
+  int64_t k = 0;  // inputs
+
+  const std::byte* panel(int64_t index) const { return data + index * panel_bytes(format, k); }
+};
+
+// Packs rows [row_begin, row_begin + rows) of a matrix into `packed`. `rows_data` holds them row by
+// row, row_bytes() each. `row_begin` is a multiple of 16; the last panel is completed with zeros.
+void pack_rows(Format format, int64_t k, int64_t row_begin, int64_t rows,
+               const std::byte* rows_data, std::byte* packed);
+
+}  // namespace recycle

@@ -1,0 +1,151 @@
+"""python -m recycle_ext.generate: a prompt in, text and figures out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from recycle_ext import _C
+from recycle_ext.decoder import MODES
+from recycle_ext.errors import RecycleError
+from recycle_ext.generation import Generation, Statistics, generate, load
+from recycle_ext.packing import DTYPES
+
+INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, described by --help."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recycle_ext.generate",
+        description="Continues a prompt with a Llama-family model and its recyclable module.",
+    )
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
+    parser.add_argument(
+        "--model", help=".gguf file, Hugging Face directory or hub id (default: SmolLM2-135M-Instruct)"
+    )
+    parser.add_argument(
+        "--module", help="directory of a module, or none (default: the one shipped for the model)"
+    )
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        help="standard: the base model alone; verify: the same tokens, faster; alternate: the module's "
+        "tokens always count (default: verify if there is a module)",
+    )
+    parser.add_argument(
+        "--drafts", type=int, default=1, metavar="K", help="tokens the module guesses a step, 1 to 4"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, help="0: all tokens (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1: all tokens (default)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="weights in memory (default: a GGUF's own, else bf16)"
+    )
+    parser.add_argument("--threads", type=int, help="default: the cores this process may use")
+    parser.add_argument(
+        "--chat", action="store_true", help="the prompt is a message: use the model's chat template"
+    )
+    parser.add_argument(
+        "--stats",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="figures on standard error at the end (default: on a terminal)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+    return parser.parse_args(arguments)
+
+
+def figures(statistics: Statistics, read_bandwidth: float) -> str:
+    """A few aligned lines. read_bandwidth: bytes a second that this machine reads."""
+    s = statistics
+    prefill_rate = s.prompt_tokens / s.prefill_seconds if s.prefill_seconds else 0.0
+    lines = [
+        f"prefill     {s.prompt_tokens:6d} tokens  {s.prefill_seconds:7.3f} s  {prefill_rate:8.1f} tokens/s",
+        f"decode      {s.decoded_tokens:6d} tokens  {s.decode_seconds:7.3f} s  "
+        f"{s.tokens_per_second:8.1f} tokens/s  ({s.mode})",
+    ]
+    if s.acceptance_rate is not None:
+        saved = s.decoded_tokens - s.steps
+        lines += [
+            f"acceptance  {s.acceptance_rate:6.1%} of {s.steps * s.drafts} drafts",
+            f"base steps  {s.steps:6d} for {s.decoded_tokens} tokens: {saved} saved",
+        ]
+    share = s.gigabytes_per_second * 1e9 / read_bandwidth
+    lines.append(
+        f"weights     {s.weight_bytes / 1e6:6.1f} MB, read at {s.gigabytes_per_second:.1f} GB/s: "
+        f"{share:.0%} of this machine's {read_bandwidth / 1e9:.1f} GB/s"
+    )
+    return "\n".join(lines)
+
+
+def json_object(generation: Generation) -> dict:
+    """What --json prints."""
+    values = generation.statistics.as_dict()
+    names = (
+        "prompt_tokens new_tokens mode drafts steps acceptance_rate prefill_seconds decode_seconds "
+        "tokens_per_second weight_bytes gigabytes_per_second"
+    ).split()
+    return {"text": generation.text, "token_ids": generation.token_ids} | {
+        name: values[name] for name in names
+    }
+
+
+def run(options: argparse.Namespace) -> int:
+    """Generates and prints; returns the exit status."""
+    prompt = options.prompt
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise RecycleError(f"standard input is not UTF-8: {error.reason}") from None
+    model = load(options.model, options.module, options.dtype, options.threads)
+    generation = generate(
+        model,
+        prompt,
+        mode=options.mode,
+        drafts=options.drafts,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        chat=options.chat,
+    )
+    status = 0
+    try:
+        for piece in generation:
+            if not options.json:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    print(json.dumps(json_object(generation)) if options.json else "", flush=True)
+    if options.stats or (options.stats is None and sys.stderr.isatty() and not options.json):
+        bandwidth = _C.read_bandwidth(model.packed.weights.numel(), 5)
+        print("\n" + figures(generation.statistics, bandwidth), file=sys.stderr)
+    return status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; errors of the user's become one line and exit status 2."""
+    options = parse_arguments(arguments)
+    try:
+        return run(options)
+    except RecycleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has seen enough; keep Python from complaining once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

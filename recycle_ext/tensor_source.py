@@ -1,0 +1,111 @@
+"""A tensor that is still in its file: what it is, and its rows on demand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from recycle_ext.errors import RecycleError
+
+FLOAT_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+# Values and bytes of one block, as GGUF stores it.
+BLOCKS = {"q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20)}
+
+
+def read_bytes(file: Path, offset: int, size: int) -> torch.Tensor:
+    """``size`` bytes of ``file`` from ``offset``, uint8 [size].
+
+    Read, not mapped: mapped pages would count as memory in use beside the packed weights.
+    """
+    data = torch.empty(size, dtype=torch.uint8)
+    view = memoryview(data.numpy())
+    try:
+        with open(file, "rb", buffering=0) as stream:
+            stream.seek(offset)
+            done = 0
+            while done < size:
+                # The operating system may hand over less than was asked for (2 GiB at most on Linux).
+                count = stream.readinto(view[done:])
+                if not count:
+                    raise RecycleError(
+                        f"{file}: the file ends at byte {offset + done}, "
+                        f"{size - done} bytes before the end of a tensor"
+                    )
+                done += count
+    except OSError as error:
+        raise RecycleError(f"{file}: cannot be read: {error.strerror}") from None
+    return data
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """A matrix [n_out, n_in] or a vector [n] in a file. Rows are counted along the first dimension."""
+
+    name: str
+    shape: tuple[int, ...]
+    # "f32" | "f16" | "bf16" | "q8_0" | "q4_0" | "q4_1", or "i64" for lists of token ids. Other GGUF
+    # types are dequantised on reading and say "f32".
+    format: str
+    file: Path
+    offset: int  # in bytes, of the first row
+    row_bytes: int
+    # Number of the GGUF type when rows have to be dequantised on reading.
+    ggml_type: int | None = None
+    # llama.cpp stores the rows of q and k of each head in the order 0, h/2, 1, h/2 + 1, ... (h is this
+    # number, the head size), for its interleaved RoPE. 0: rows are in Hugging Face's order.
+    interleaved_head_dim: int = 0
+
+    def raw_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop - 1 as they are stored.
+
+        Float formats: [rows, n_in] (a vector: [rows]) of that dtype. Block formats: uint8
+        [rows, row_bytes], the blocks of GGUF untouched.
+        """
+        data = self._stored_rows(start, stop)
+        if self.ggml_type is not None:
+            return _dequantized(data, self.ggml_type)
+        if self.format in BLOCKS:
+            return data
+        dtype = torch.int64 if self.format == "i64" else FLOAT_DTYPES[self.format]
+        return data.view(dtype).view(-1, *self.shape[1:])
+
+    def float_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop - 1 as float32, [rows, n_in] (a vector: [rows])."""
+        rows = self.raw_rows(start, stop)
+        if self.format in BLOCKS:
+            return _dequantized(rows, {"q4_0": 2, "q4_1": 3, "q8_0": 8}[self.format])
+        return rows.float()
+
+    def to(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The whole tensor."""
+        if self.format in BLOCKS:
+            return self.float_rows(0, self.shape[0]).to(dtype)
+        return self.raw_rows(0, self.shape[0]).to(dtype)
+
+    def _stored_rows(self, start: int, stop: int) -> torch.Tensor:
+        """uint8 [stop - start, row_bytes], in Hugging Face's order of rows."""
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise IndexError(f"{self.name}: rows {start}..{stop} of {self.shape[0]}")
+        size = self.interleaved_head_dim
+        if not size:
+            data = read_bytes(
+                self.file, self.offset + start * self.row_bytes, (stop - start) * self.row_bytes
+            )
+            return data.view(-1, self.row_bytes)
+        first, last = start // size * size, -(-stop // size) * size
+        data = read_bytes(
+            self.file, self.offset + first * self.row_bytes, (last - first) * self.row_bytes
+        )
+        heads = data.view(-1, size // 2, 2, self.row_bytes).transpose(1, 2)
+        return heads.reshape(-1, self.row_bytes)[start - first : stop - first].contiguous()
+
+
+def _dequantized(rows: torch.Tensor, ggml_type: int) -> torch.Tensor:
+    """uint8 [rows, row_bytes] of a GGUF type -> float32 [rows, n_in]."""
+    # Imported here: it takes 0.2 s, and most models never need it.
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    return torch.from_numpy(dequantize(rows.numpy(), GGMLQuantizationType(ggml_type)))
