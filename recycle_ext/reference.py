@@ -44,7 +44,12 @@ class KvCache:
             held = self._layers[layer] = grown
         for all_rows, rows in zip(held, (keys, values), strict=True):
             all_rows[:, :, start : self.length] = rows
-        return held[0][:, :, : self.length], held[1][:, :, : self.length]
+        return self.held(layer)
+
+    def held(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [B, n_kv_heads, length, head_dim]."""
+        keys, values = self._layers[layer]
+        return keys[:, :, : self.length], values[:, :, : self.length]
 
     def truncate(self, length: int) -> None:
         """Forgets what stands at positions ``length`` and after."""

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from recycle_ext import _C
+from recycle_ext.fetch import default_model_path
+
+# One example may take a while on a shared machine; that is not what is tested.
+hypothesis.settings.register_profile("recycle", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("recycle")
+
+
+@pytest.fixture(params=_C.runnable_isas())
+def isa(request) -> Iterator[str]:
+    """Each instruction set of this build that this processor runs."""
+    _C.force_isa(request.param)
+    yield request.param
+    _C.force_isa(None)
+
+
+@pytest.fixture(autouse=True)
+def _same_settings_for_every_test() -> Iterator[None]:
+    threads = _C.n_threads()
+    yield
+    _C.set_n_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """SmolLM2-135M-Instruct, fetched once a machine."""
+    return default_model_path()

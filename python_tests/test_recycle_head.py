@@ -1,0 +1,164 @@
+"""torch.ops.recycle.recycle_head: RMSNorm, packed output matrix, softmax and pick."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerance import assert_as_good_as
+
+from recycle_ext import _C, reference_ops
+from recycle_ext.packing import FORMATS, convert_rows, pack_matrix
+
+EPS = 1e-5
+
+
+def dequantised(matrix: torch.Tensor, format: str) -> torch.Tensor:
+    """What the packed matrix holds, exactly, by the library that defines the format."""
+    rows = convert_rows(matrix, format)
+    if rows.is_floating_point():
+        return rows.double()
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    values = dequantize(rows.numpy(), GGMLQuantizationType[format.upper()])
+    return torch.from_numpy(values).double()
+
+
+def case(rows: int, d: int, n_vocab: int, format: str):
+    generator = torch.Generator().manual_seed(rows + d + n_vocab)
+    hidden = torch.randn(rows, d, generator=generator)
+    norm = 1 + 0.1 * torch.randn(d, generator=generator)
+    matrix = torch.randn(n_vocab, d, generator=generator) / d**0.5
+    return hidden, norm, pack_matrix(matrix, format), dequantised(matrix, format)
+
+
+def call(hidden, norm, packed, format, n_vocab, temperature=0.0, top_k=0, top_p=1.0, seeds=None):
+    rows = len(hidden)
+    positions = torch.arange(rows) + 7
+    seeds = torch.arange(rows) if seeds is None else seeds
+    return torch.ops.recycle.recycle_head(
+        hidden,
+        norm,
+        EPS,
+        packed,
+        FORMATS[format],
+        n_vocab,
+        positions,
+        temperature,
+        top_k,
+        top_p,
+        seeds,
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("rows", "d", "n_vocab"),
+    [
+        (1, 32, 1),
+        (1, 576, 1000),
+        (2, 64, 17),
+        (3, 96, 63),
+        (4, 32, 64),
+        (5, 160, 65),
+        (6, 64, 130),
+        (7, 32, 257),
+        (8, 576, 333),
+        (33, 64, 100),
+    ],
+)
+def test_greedy_takes_the_largest_logit(isa, format, rows, d, n_vocab):
+    hidden, norm, packed, matrix = case(rows, d, n_vocab, format)
+    tokens, log_probs = call(hidden, norm, packed, format, n_vocab)
+    normed = reference_ops.rms_norm(hidden.double(), norm.double(), EPS)
+    exact = (normed @ matrix.T).log_softmax(-1)
+    native = (reference_ops.rms_norm(hidden, norm, EPS) @ matrix.float().T).log_softmax(-1)
+    assert torch.equal(tokens, exact.argmax(-1))
+    picked = tokens[:, None]
+    assert_as_good_as(log_probs[:, None], native.gather(1, picked), exact.gather(1, picked))
+
+
+def test_the_lowest_id_wins_among_equal_logits(isa):
+    matrix = torch.zeros(200, 32)
+    matrix[[37, 90, 150]] = 1.0
+    tokens, _ = call(torch.ones(2, 32), None, pack_matrix(matrix, "f32"), "f32", 200)
+    assert tokens.tolist() == [37, 37]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.6), (1.3, 20, 0.9), (1.0, 1, 1.0)],
+)
+def test_sampling_draws_the_token_the_reference_draws(isa, temperature, top_k, top_p):
+    """The same counter-based random numbers, the same cuts: the same tokens."""
+    n_vocab, rows = 300, 64
+    hidden, norm, packed, matrix = case(rows, 64, n_vocab, "f32")
+    seeds = torch.arange(rows) * 7919 + 2**40
+    tokens, log_probs = call(
+        hidden, norm, packed, "f32", n_vocab, temperature, top_k, top_p, seeds
+    )
+    expected, expected_log_probs = reference_ops.recycle_head(
+        hidden.double(),
+        norm.double(),
+        EPS,
+        matrix,
+        torch.arange(rows) + 7,
+        temperature,
+        top_k,
+        top_p,
+        seeds,
+    )
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(log_probs.double(), expected_log_probs, rtol=0, atol=1e-5)
+    if top_k == 1:
+        assert torch.equal(tokens, call(hidden, norm, packed, "f32", n_vocab)[0])
+
+
+def test_philox_gives_the_published_numbers():
+    """The known answers that come with Random123, Salmon et al.'s implementation."""
+    ones = 0xFFFFFFFF
+    assert reference_ops.philox([0] * 4, [0] * 2) == [
+        0x6627E8D5,
+        0xE169C58D,
+        0xBC57AC4C,
+        0x9B00DBD8,
+    ]
+    assert reference_ops.philox([ones] * 4, [ones] * 2) == [
+        0x408F276D,
+        0x41C83B0E,
+        0xA20BC7C6,
+        0x6D5451FD,
+    ]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_rows_bits_do_not_depend_on_its_company(isa, format):
+    n_vocab = 1000
+    hidden, norm, packed, _ = case(8, 96, n_vocab, format)
+    together = call(hidden, norm, packed, format, n_vocab)
+    for threads in (1, 2, 3, 5):
+        _C.set_n_threads(threads)
+        for rows in range(1, 9):
+            some = call(hidden[:rows], norm, packed, format, n_vocab)
+            assert torch.equal(some[0], together[0][:rows])
+            assert torch.equal(some[1], together[1][:rows])
+
+
+def test_avx2_and_avx512_give_the_same_bits():
+    isas = [name for name in _C.runnable_isas() if name != "generic"]
+    results = []
+    for name in isas:
+        _C.force_isa(name)
+        hidden, norm, packed, _ = case(5, 96, 500, "q4_1")
+        results.append(call(hidden, norm, packed, "q4_1", 500)[1])
+    _C.force_isa(None)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_logit_that_is_no_number_is_reported_with_its_row(isa, bad, temperature):
+    hidden, norm, packed, _ = case(3, 32, 50, "f32")
+    hidden[1, 5] = bad
+    with pytest.raises(RuntimeError, match=r"NaN or infinite \(row 1, position 8\)"):
+        call(hidden, norm, packed, "f32", 50, temperature)

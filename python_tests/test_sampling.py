@@ -1,0 +1,110 @@
+"""Sampled verify mode has the base model's distribution (Leviathan et al. 2023, theorem A.1)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from models import reference_base, write_base, write_module
+
+from recycle_ext.decoder import Decoder
+from recycle_ext.packing import pack_model
+from recycle_ext.reference_ops import distribution
+
+PROMPT = [3, 1, 4]
+VOCAB = 8
+TOKENS = 3
+BATCH, ROUNDS = 256, 60
+ERROR_LEVEL = 1e-4  # the chance that a right sampler fails this test, for seeds drawn anew
+
+
+def exact_distribution(base, temperature, top_k, top_p) -> torch.Tensor:
+    """Of the next TOKENS tokens, [VOCAB] * TOKENS, by the reference model in float64."""
+    model = reference_base(base)
+    prefixes, weights = [[]], [1.0]
+    for _ in range(TOKENS):
+        grown = [(p + [t], w) for p, w in zip(prefixes, weights, strict=True) for t in range(VOCAB)]
+        with torch.no_grad():
+            logits = model.logits(model(torch.tensor([PROMPT + p for p in prefixes]))[:, -1])
+        probs = torch.cat([distribution(row, temperature, top_k, top_p) for row in logits])
+        prefixes = [p for p, _ in grown]
+        weights = [w * float(q) for (_, w), q in zip(grown, probs, strict=True)]
+    return torch.tensor(weights, dtype=torch.float64)
+
+
+def sample(packed, mode, drafts, temperature, top_k, top_p) -> torch.Tensor:
+    """How often each sequence of TOKENS tokens came up."""
+    counts = torch.zeros(VOCAB**TOKENS, dtype=torch.int64)
+    place = VOCAB ** torch.arange(TOKENS - 1, -1, -1)
+    for round_ in range(ROUNDS):
+        decoder = Decoder(
+            packed,
+            mode,
+            drafts,
+            batch=BATCH,
+            capacity=32,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seeds=range(round_ * BATCH, (round_ + 1) * BATCH),
+        )
+        rows = [[decoder.prefill(PROMPT, b)] for b in range(BATCH)]
+        while min(map(len, rows)) < TOKENS:
+            tokens, grown = decoder.step()
+            for b in range(BATCH):
+                rows[b] += tokens[b, : grown[b]].tolist()
+        index = (torch.tensor([row[:TOKENS] for row in rows]) * place).sum(-1)
+        counts += torch.bincount(index, minlength=len(counts))
+    return counts
+
+
+def p_value(counts: torch.Tensor, probs: torch.Tensor) -> float:
+    """Of Pearson's chi-square test; cells that expect fewer than 5 are put together."""
+    assert int(counts[probs == 0].sum()) == 0, "a token came up that the cuts exclude"
+    expected = probs * counts.sum()
+    small = expected < 5
+    observed = torch.cat((counts[~small].double(), counts[small].sum()[None].double()))
+    expected = torch.cat((expected[~small], expected[small].sum()[None]))
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    chi2 = float(((observed - expected).square() / expected).sum())
+    k = len(expected) - 1
+    # Wilson and Hilferty: the cube root of chi2 / k is normal, to three digits from k = 10 on.
+    z = ((chi2 / k) ** (1 / 3) - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
+    return 0.5 * math.erfc(z / math.sqrt(2))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    base = write_base(
+        folder / "base", vocab_size=VOCAB, hidden_size=32, intermediate_size=32, n_layers=1
+    )
+    module = write_module(folder / "module", base, like_base=True, draft_vocab_size=6)
+    return base, pack_model(base, module, "f32")
+
+
+@pytest.mark.parametrize(
+    ("mode", "drafts", "temperature", "top_k", "top_p"),
+    [
+        ("standard", 1, 1.0, 0, 1.0),
+        ("verify", 1, 1.0, 0, 1.0),
+        ("verify", 2, 1.0, 0, 1.0),
+        ("verify", 1, 0.8, 5, 1.0),
+        ("verify", 3, 1.5, 0, 0.85),
+    ],
+)
+def test_verify_samples_the_base_distribution(tiny, mode, drafts, temperature, top_k, top_p):
+    base, packed = tiny
+    probs = exact_distribution(base, temperature, top_k, top_p)
+    counts = sample(packed, mode, drafts, temperature, top_k, top_p)
+    assert p_value(counts, probs) > ERROR_LEVEL
+
+
+def test_the_test_can_tell(tiny):
+    """Alternate mode takes the module's word, and is found out."""
+    base, packed = tiny
+    probs = exact_distribution(base, 1.0, 0, 1.0)
+    counts = sample(packed, "alternate", 1, 1.0, 0, 1.0)
+    allowed = probs > 0
+    assert p_value(counts * allowed, probs) < 1e-10
