@@ -24,7 +24,7 @@ class Decoder:
     model: from ``packing.pack_model``. mode: "standard" (no module), "verify" (a draft counts if the base
     model would have said it: the output is the base model's own) or "alternate" (drafts always count).
     drafts: 1..4 tokens that the module guesses in a step. capacity: positions a sequence may have,
-    prompt and new tokens together. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing.
+    prompt and new tokens together; None: 2048, or the model's context if that is less. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing.
     seeds: one a sequence; a seed's draws depend on nothing else in the batch.
 
     Raises RecycleError for arguments out of range.
@@ -36,7 +36,7 @@ class Decoder:
         mode: str = "verify",
         drafts: int = 1,
         batch: int = 1,
-        capacity: int = 2048,
+        capacity: int | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -50,6 +50,8 @@ class Decoder:
         if not 1 <= drafts <= _C.MAX_DRAFTS:
             raise RecycleError(f"drafts is {drafts}; it must be 1 to {_C.MAX_DRAFTS}")
         most = model.config.max_position_embeddings
+        if capacity is None:
+            capacity = min(2048, most)
         if not 1 <= capacity <= most:
             raise RecycleError(f"capacity is {capacity}; this model's context has 1 to {most}")
         if seeds is None:
@@ -89,8 +91,8 @@ class Decoder:
         )
         self.steps = 0
 
-    def _arguments(self) -> tuple:
-        """What both ops take, in order."""
+    def arguments(self) -> tuple:
+        """What both ops take, in the order of their schemas."""
         model = self.model
         needed = _C.scratch_bytes(
             model.plan.numpy(),
@@ -122,7 +124,7 @@ class Decoder:
                 "new tokens included"
             )
         torch.ops.recycle.prefill(
-            *self._arguments(), sequence, torch.tensor(prompt, dtype=torch.int64)
+            *self.arguments(), sequence, torch.tensor(prompt, dtype=torch.int64)
         )
         return int(self.pending[sequence, 0])
 
@@ -132,7 +134,7 @@ class Decoder:
         Returns tokens [batch, drafts + 1] int64, the new tokens of each sequence, then -1; and counts
         [batch] int64, how many.
         """
-        tokens, counts = torch.ops.recycle.decode_step(*self._arguments())
+        tokens, counts = torch.ops.recycle.decode_step(*self.arguments())
         self.steps += 1
         return tokens, counts
 

@@ -58,9 +58,11 @@ def load(
     if module is None:
         module = default_module(base)
     opened = None if module is None or str(module) == "none" else open_module(module, base)
+    # First: what building it takes for a moment is free again when the weights come.
+    tokenizer = base.tokenizer
     return Model(
         packed=pack_model(base, opened, dtype),
-        tokenizer=base.tokenizer,
+        tokenizer=tokenizer,
         cache_dtype=torch.float32 if _is_float32(base, dtype) else torch.bfloat16,
     )
 

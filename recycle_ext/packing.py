@@ -1,7 +1,7 @@
 """From checkpoints to what the kernels read: one byte tensor of weights, one int64 plan.
 
 The order of the plan is described in csrc/include/recycle/model.h, the layout of a matrix in
-csrc/include/recycle/format.h. Matrices are read, converted and packed a few thousand rows at a
+csrc/include/recycle/format.h. Matrices are read, converted and packed a thousand rows at a
 time, so that loading needs little more memory than the result.
 """
 
@@ -37,7 +37,7 @@ DTYPES = {
 }
 
 _ALIGN = 64
-_ROWS_AT_ONCE = 4096  # a multiple of 16
+_ROWS_AT_ONCE = 1024  # a multiple of 16
 
 
 @dataclass(frozen=True)

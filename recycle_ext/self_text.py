@@ -22,9 +22,11 @@ TEMPERATURES = (0.0, 0.0, 0.7, 1.0)
 
 
 class Prompts:
-    """Endless prompts from the lists in ``prompts.txt``: plain openings, and chat turns."""
+    """Endless prompts from the lists in ``prompts.txt``: plain openings and, for a model that knows
+    ChatML's markers (SmolLM2, Qwen), turns of a chat.
+    """
 
-    def __init__(self, encode: Callable[[str], list[int]], chat: bool, seed: int) -> None:
+    def __init__(self, encode: Callable[[str], list[int]], seed: int) -> None:
         text = resources.files("recycle_ext").joinpath("prompts.txt").read_text("utf-8")
         self.lists: dict[str, list[str]] = {}
         for line in text.splitlines():
@@ -33,7 +35,7 @@ class Prompts:
             elif line and not line.startswith("#"):
                 current.append(line)
         self._encode = encode
-        self._chat = chat
+        self._chat = len(encode("<|im_start|>")) == 1
         self._random = random.Random(seed)
 
     def next(self) -> list[int]:
@@ -53,15 +55,21 @@ class Prompts:
 
 @torch.no_grad()
 def write_text(
-    base: BaseModel, prompts: Prompts, batch: int, length: int, seed: int
+    base: BaseModel,
+    prompts: Prompts,
+    ends: set[int],
+    batch: int,
+    length: int,
+    seed: int,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> tuple[Tensor, Tensor]:
     """Lets the base write ``batch`` sequences of ``length`` tokens.
 
+    ends: tokens after which a new prompt follows. progress: told how many tokens were written.
     Returns tokens [batch, length] int64 and the hidden states they were written from
     [batch, length, d], in the base's dtype: row i is the state after token i.
     """
     generator = torch.Generator().manual_seed(seed)
-    ends = torch.tensor(base.config.eos_token_ids + (0,))
     cache = KvCache(length)
     tokens = torch.empty(batch, length, dtype=torch.int64)
     dtype = base.model.norm.weight.dtype
@@ -77,7 +85,7 @@ def write_text(
                 continue
             tokens[row, position] = choice[row]
             hot[row] -= 1
-            if choice[row] in ends:
+            if int(choice[row]) in ends:
                 forced[row] = prompts.next()
                 hot[row] = HOT_TOKENS
         state = base(tokens[:, position : position + 1], cache)[:, 0]
@@ -92,4 +100,5 @@ def write_text(
         noise = noise.clamp_min_(1e-20).log_().neg_().log_().mul_(temperature[warm, None])
         logits[warm] -= noise
         choice = logits.argmax(-1)
+        progress(batch)
     return tokens, hidden

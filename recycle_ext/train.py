@@ -7,7 +7,7 @@ The module learns to say what the base says: at row i it sees the embedding of x
 state h_i, and is trained on the cross-entropy to the base's own distribution after x_{i+1},
 softmax(head(h_{i+1})) (RecycleGPT, arXiv 2308.03421, section 3, with the base's distribution in place of the
 next token). Both distributions are taken over the draft vocabulary, the tokens most frequent in the
-text; rows where the base's choice lies outside of it don't count in the loss.
+text.
 
 Reported is the acceptance: how often, on text held out, the module's first choice is the base's first choice
 of the whole vocabulary. That is the share of drafts that greedy verify mode keeps.
@@ -15,19 +15,28 @@ of the whole vocabulary. That is the share of drafts that greedy verify mode kee
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
+from recycle_ext.checkpoint import Checkpoint, open_checkpoint
 from recycle_ext.config import ModuleConfig
 from recycle_ext.errors import RecycleError
+from recycle_ext.module_checkpoint import save_module
 from recycle_ext.reference import BaseModel, RecyclableModule
+from recycle_ext.self_text import Prompts, write_text
+
+# Sequences the base writes at once; a file of text holds as many.
+TEXT_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,26 @@ def initial_module(config: ModuleConfig, base: BaseModel, seed: int) -> Recyclab
     return module
 
 
+class DistillLoss(torch.autograd.Function):
+    """Mean cross-entropy of softmax(logits) to given probabilities, [rows, vocabulary] bfloat16 both.
+
+    Written out because its gradient, softmax - probs, takes one more array of that size in place of
+    autograd's four: on a CPU the loss is otherwise most of a step.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, probs: Tensor) -> Tensor:
+        log_probs = logits.float().log_softmax(-1)
+        loss = -(log_probs * probs).sum() / len(logits)
+        ctx.save_for_backward(log_probs, probs)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        log_probs, probs = ctx.saved_tensors
+        return (log_probs.exp_().sub_(probs).mul_(grad / len(probs))).to(torch.bfloat16), None
+
+
 class Trainer:
     """The training loop over prepared text."""
 
@@ -120,10 +149,6 @@ class Trainer:
         head = base.lm_head.weight.detach().to(torch.bfloat16)
         self.full_head = head
         self.head = head if draft_vocab is None else head[draft_vocab].contiguous()
-        self.is_draft = torch.ones(head.shape[0], dtype=torch.bool)
-        if draft_vocab is not None:
-            self.is_draft[:] = False
-            self.is_draft[draft_vocab] = True
         decayed = [p for p in module.parameters() if p.dim() == 2]
         plain = [p for p in module.parameters() if p.dim() != 2]
         self.optimizer = torch.optim.AdamW(
@@ -239,21 +264,220 @@ class Trainer:
             yield self.step, loss, self.acceptance() if evaluate else None
 
 
-class DistillLoss(torch.autograd.Function):
-    """Mean cross-entropy of softmax(logits) to given probabilities, [rows, vocabulary] bfloat16 both.
+# ---- the command ---------------------------------------------------------------------------------
 
-    Written out because its gradient, softmax - probs, takes one more array of that size in place of
-    autograd's four: on a CPU the loss is otherwise most of a step.
-    """
 
-    @staticmethod
-    def forward(ctx, logits: Tensor, probs: Tensor) -> Tensor:
-        log_probs = logits.float().log_softmax(-1)
-        loss = -(log_probs * probs).sum() / len(logits)
-        ctx.save_for_backward(log_probs, probs)
-        return loss
+def module_config(base: Checkpoint, layers: int, draft_vocab: int) -> ModuleConfig:
+    """A module of the base's own layers, with all norms."""
+    b = base.config
+    return ModuleConfig(
+        vocab_size=b.vocab_size,
+        hidden_size=b.hidden_size,
+        intermediate_size=b.intermediate_size,
+        n_layers=layers,
+        n_heads=b.n_heads,
+        n_kv_heads=b.n_kv_heads,
+        head_dim=b.head_dim,
+        rms_norm_eps=b.rms_norm_eps,
+        rope_theta=b.rope_theta,
+        rope_scaling=b.rope_scaling,
+        qkv_bias=b.qkv_bias,
+        qk_norm=b.qk_norm,
+        embed_norm=True,
+        hidden_norm=True,
+        output_norm=True,
+        first_input_norm=True,
+        input_bias=False,
+        zero_first_embedding=False,
+        draft_vocab_size=draft_vocab,
+        base_name=b.name,
+        base_fingerprint=base.fingerprint,
+    )
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        log_probs, probs = ctx.saved_tensors
-        return (log_probs.exp_().sub_(probs).mul_(grad / len(probs))).to(torch.bfloat16), None
+
+def self_written(
+    checkpoint: Checkpoint, base: BaseModel, folder: Path, n_tokens: int, length: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of text by the base itself, at least ``n_tokens`` in all; kept in ``folder``."""
+    tokenizer = checkpoint.tokenizer
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_bos=False)
+
+    ends = set(tokenizer.eos_token_ids)
+    if len(end := encode("<|endoftext|>")) == 1:
+        ends |= set(end)
+    batches = -(-n_tokens // (TEXT_BATCH * length))
+    with tqdm(total=batches * TEXT_BATCH * length, desc="writing text", unit=" tokens") as bar:
+        for batch in range(batches):
+            file = folder / f"text-{seed}-{length}-{batch:03d}.pt"
+            if file.exists():
+                part = torch.load(file, weights_only=True)
+                bar.update(part[0].numel())
+            else:
+                batch_seed = 1000 + 1000 * seed + batch
+                prompts = Prompts(encode, batch_seed)
+                tokens, hidden = write_text(
+                    base, prompts, ends, TEXT_BATCH, length, batch_seed, bar.update
+                )
+                part = tokens.int(), hidden
+                torch.save(part, file.with_suffix(".part"))
+                file.with_suffix(".part").replace(file)
+            yield part
+
+
+@torch.no_grad()
+def states_of_text(
+    checkpoint: Checkpoint, base: BaseModel, files: Sequence[str], length: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of the given text, cut into sequences, with the states the base reads them in."""
+    ids: list[int] = []
+    for file in files:
+        try:
+            text = Path(file).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecycleError(f"--text {file}: cannot be read as UTF-8 text: {error}") from None
+        ids += checkpoint.tokenizer.encode(text)
+    count = len(ids) // length
+    if count < 2:
+        raise RecycleError(
+            f"--text has {len(ids)} tokens; at least two sequences of --length {length} are needed"
+        )
+    tokens = torch.tensor(ids[: count * length]).view(count, length)
+    for part in tqdm(tokens.split(16), desc="reading text", unit=" batches"):
+        yield part.int(), base(part)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, described by --help."""
+    defaults = TrainOptions()
+    parser = argparse.ArgumentParser(
+        prog="python -m recycle_ext.train",
+        description="Trains a recyclable module for a frozen base model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output", required=True, help="directory of the module; a run's state is kept there too")
+    add("--base", help=".gguf file, Hugging Face directory or hub id; none: SmolLM2-135M-Instruct")
+    add("--text", nargs="+", metavar="FILE", help="UTF-8 text to train on; none: the base writes it")
+    add("--self-generate", type=int, default=1_000_000, metavar="TOKENS", help="text the base writes")
+    add("--length", type=int, default=320, help="tokens of a sequence")
+    add("--held-out", type=float, default=0.03, help="share of the sequences kept for measuring")
+    add("--draft-vocab", type=int, default=8192, help="tokens the module may draft; 0: all")
+    add("--layers", type=int, default=1)
+    add("--steps", type=int, default=defaults.steps)
+    add("--batch-sequences", type=int, default=defaults.batch_sequences)
+    add("--lr", type=float, default=defaults.learning_rate)
+    add("--seed", type=int, default=defaults.seed)
+    add("--resume", action="store_true", help="go on with the run in --output")
+    return parser.parse_args(arguments)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuses numbers out of range, by name."""
+    for name in ("steps", "batch_sequences", "layers", "self_generate"):
+        if getattr(options, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise RecycleError(f"{flag} is {getattr(options, name)}; it must be at least 1")
+    if options.length < 3:
+        raise RecycleError(f"--length is {options.length}; a row needs two tokens after it: 3 or more")
+    if not 0 < options.held_out < 1:
+        raise RecycleError(f"--held-out is {options.held_out}; it must be between 0 and 1")
+    if not options.lr > 0:
+        raise RecycleError(f"--lr is {options.lr}; it must be positive")
+    if options.draft_vocab < 0:
+        raise RecycleError(f"--draft-vocab is {options.draft_vocab}; it must be 0 (all) or positive")
+
+
+def train(options: argparse.Namespace) -> float:
+    """The whole run; returns the acceptance on the text held out."""
+    check_options(options)
+    folder = Path(options.output)
+    state = folder / "training.pt"
+    if state.exists() and not options.resume:
+        raise RecycleError(f"{state} is of an earlier run: give --resume, or another --output")
+    if options.resume and not state.exists():
+        raise RecycleError(f"--resume: there is no {state}")
+    checkpoint = open_checkpoint(options.base)
+    vocab_size = checkpoint.config.vocab_size
+    if options.draft_vocab > vocab_size:
+        raise RecycleError(
+            f"--draft-vocab is {options.draft_vocab}; the base's vocabulary has {vocab_size}"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecycleError(f"--output {folder}: {error.strerror}") from None
+
+    base = BaseModel(checkpoint.config)
+    base.load_state_dict(checkpoint.state_dict())
+    inv_freq = base.inv_freq
+    reader = BaseModel(checkpoint.config)
+    reader.load_state_dict(base.state_dict())
+    reader.to(torch.bfloat16).eval()
+    reader.inv_freq = inv_freq  # RoPE's angles stay float32
+    if options.text:
+        parts = states_of_text(checkpoint, reader, options.text, options.length)
+    else:
+        parts = self_written(
+            checkpoint, reader, folder, options.self_generate, options.length, options.seed
+        )
+    tokens, hidden = (torch.cat(part) for part in zip(*parts, strict=True))
+    text = Text(tokens, hidden, held_out=max(1, int(len(tokens) * options.held_out)))
+
+    draft_vocab, coverage = None, 1.0
+    if options.draft_vocab:
+        used = text.tokens[: text.n_train]
+        draft_vocab, coverage = frequent_tokens(used, options.draft_vocab, vocab_size)
+    config = module_config(checkpoint, options.layers, options.draft_vocab)
+    trainer = Trainer(
+        initial_module(config, base, options.seed),
+        base,
+        text,
+        draft_vocab,
+        TrainOptions(
+            steps=options.steps,
+            batch_sequences=options.batch_sequences,
+            learning_rate=options.lr,
+            seed=options.seed,
+        ),
+    )
+    if options.resume:
+        trainer.load(state)
+    print(
+        f"{text.n_train} sequences of {options.length} tokens, {text.held_out} held out; "
+        f"the draft vocabulary covers {coverage:.2%} of the text",
+        file=sys.stderr,
+    )
+    acceptance = trainer.acceptance()
+    with tqdm(total=options.steps, initial=trainer.step, desc="training", unit=" steps") as bar:
+        for step, loss, measured in trainer.run(state):
+            bar.update()
+            acceptance = acceptance if measured is None else measured
+            bar.set_postfix(loss=f"{loss:.3f}", acceptance=f"{acceptance:.3f}")
+            if measured is not None:
+                tqdm.write(f"step {step}: loss {loss:.4f}, acceptance {measured:.4f}", sys.stderr)
+    tensors = dict(trainer.module.state_dict())
+    if draft_vocab is not None:
+        tensors["draft_vocab"] = draft_vocab
+    save_module(folder, config, tensors)
+    return acceptance
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; errors of the user's become one line and exit status 2."""
+    options = parse_arguments(arguments)
+    try:
+        acceptance = train(options)
+    except RecycleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; go on with --resume --output {options.output}", file=sys.stderr)
+        return 130
+    print(f"{options.output}: held-out acceptance {acceptance:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

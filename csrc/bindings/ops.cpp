@@ -189,7 +189,7 @@ DecodeState check_state(const char* op, const Tensor& weights, const Tensor& pla
   DecodeState state;
   state.model = model;
   if (mode < 0 || mode > 2)
-    fail(op, "mode is ", mode, "; it must be 0 (standard), 1 (verify) or 2 (alternate)");
+    fail(op, "decode_mode is ", mode, "; it must be 0 (standard), 1 (verify) or 2 (alternate)");
   state.mode = static_cast<Mode>(mode);
   check(op, "pending", pending, ScalarType::Long, {kAny, kAny});
   state.batch = pending.size(0);
@@ -290,7 +290,8 @@ void prefill(const Tensor& weights, const Tensor& plan, const Tensor& base_cache
 
 }  // namespace recycle::bindings
 
-// The schemas. What is marked (a!) is written to; nothing else is.
+// The schemas. What is marked (a!) is written to; nothing else is. decode_mode is not called mode because
+// torch's functionalization passes arguments by name to a function that has a `mode` of its own.
 STABLE_TORCH_LIBRARY(recycle, m) {
   // RoPE (and Qwen3's norms of q and k), append to the cache, grouped-query attention: float32 q, k, v of
   // n_rows new rows a sequence, at positions lengths[b]..; cache [2, B, n_kv_heads, capacity, head_dim].
@@ -308,13 +309,13 @@ STABLE_TORCH_LIBRARY(recycle, m) {
   m.def(
       "decode_step(Tensor weights, Tensor plan, Tensor(a!) base_cache, Tensor(b!) module_cache, "
       "Tensor(c!) pending, Tensor(d!) lengths, Tensor(e!) draft_probs, Tensor(f!) scratch, "
-      "int mode, float temperature, int top_k, float top_p, Tensor seeds) "
+      "int decode_mode, float temperature, int top_k, float top_p, Tensor seeds) "
       "-> (Tensor tokens, Tensor counts)");
   // A prompt into the caches of one sequence: its pending tokens are ready for decode_step afterwards.
   m.def(
       "prefill(Tensor weights, Tensor plan, Tensor(a!) base_cache, Tensor(b!) module_cache, "
       "Tensor(c!) pending, Tensor(d!) lengths, Tensor(e!) draft_probs, Tensor(f!) scratch, "
-      "int mode, float temperature, int top_k, float top_p, Tensor seeds, int sequence, "
+      "int decode_mode, float temperature, int top_k, float top_p, Tensor seeds, int sequence, "
       "Tensor prompt) -> ()");
 }
 

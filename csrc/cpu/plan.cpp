@@ -32,12 +32,13 @@ class Reader {
   template <class T>
   const T* vector(int64_t n, bool optional) {
     const int64_t offset = next();
-    if (offset < 0) {
+    if (offset == -1) {
       if (!optional) fail("the plan lacks a vector it needs");
       return nullptr;
     }
-    if (offset % static_cast<int64_t>(sizeof(T)) != 0 || !fits(offset, n * sizeof(T))) return nullptr;
-    return reinterpret_cast<const T*>(weights_ + offset);
+    return fits(offset, n * static_cast<int64_t>(sizeof(T)))
+               ? reinterpret_cast<const T*>(weights_ + offset)
+               : nullptr;
   }
 
   Matrix matrix(int64_t n, int64_t k) {
@@ -56,9 +57,7 @@ class Reader {
       fail("a matrix in the plan has the wrong size");
       return matrix;
     }
-    if (offset < 0 || offset % kAlign != 0 || !fits(offset, matrix_bytes(matrix.format, n, k)))
-      return matrix;
-    matrix.data = weights_ + offset;
+    if (fits(offset, matrix_bytes(matrix.format, n, k))) matrix.data = weights_ + offset;
     return matrix;
   }
 
@@ -117,7 +116,8 @@ class Reader {
 
  private:
   bool fits(int64_t offset, int64_t bytes) {
-    const bool inside = bytes >= 0 && offset <= weights_bytes_ && bytes <= weights_bytes_ - offset;
+    const bool inside = offset >= 0 && offset % kAlign == 0 && offset <= weights_bytes_ &&
+                        bytes <= weights_bytes_ - offset;
     if (!inside) fail("the plan points outside the weights");
     return inside;
   }

@@ -1,0 +1,168 @@
+"""python -m recycle_ext.generate, as installed, on the real model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from models import write_base
+
+PROMPT = "Once upon a time, in a small village by the sea,"
+JSON_KEYS = (
+    "text token_ids prompt_tokens new_tokens mode drafts steps acceptance_rate prefill_seconds "
+    "decode_seconds tokens_per_second weight_bytes gigabytes_per_second"
+).split()
+
+
+def command(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "recycle_ext.generate", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **options,
+    )
+
+
+def as_json(*arguments, **options) -> dict:
+    done = command(*arguments, "--json", **options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(autouse=True)
+def _model_is_there(default_model):
+    """Fetched before the commands run, so that no test waits for the network."""
+
+
+def test_it_prints_the_text():
+    done = command(PROMPT, "--max-new-tokens", 20)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert len(done.stdout.split()) > 8
+
+
+def test_json_is_one_object_with_all_figures():
+    out = as_json(PROMPT, "--max-new-tokens", 20)
+    assert list(out) == JSON_KEYS
+    assert out["mode"] == "verify"
+    assert out["drafts"] == 1
+    assert out["new_tokens"] == len(out["token_ids"]) == 20
+    assert out["prompt_tokens"] == 13
+    assert 0 <= out["acceptance_rate"] <= 1
+    assert out["weight_bytes"] > 90e6
+    assert out["tokens_per_second"] > 0
+    assert out["steps"] <= 19
+
+
+def test_the_three_modes():
+    standard, verify, alternate = (
+        as_json(PROMPT, "--mode", mode, "--max-new-tokens", 60)
+        for mode in ("standard", "verify", "alternate")
+    )
+    assert standard["steps"] == 59
+    assert standard["acceptance_rate"] is None
+    assert verify["token_ids"] == standard["token_ids"]
+    assert verify["steps"] < 59
+    assert alternate["steps"] == 30
+    assert alternate["acceptance_rate"] == 1
+
+
+def test_stats_go_to_standard_error():
+    done = command(PROMPT, "--max-new-tokens", 10, "--stats")
+    for word in ("prefill", "decode", "acceptance", "base steps", "GB/s", "tokens/s"):
+        assert word in done.stderr
+    assert "tokens/s" not in done.stdout
+
+
+def test_a_prompt_from_standard_input():
+    given = as_json("-", "--max-new-tokens", 8, input=PROMPT)
+    assert given["token_ids"] == as_json(PROMPT, "--max-new-tokens", 8)["token_ids"]
+
+
+def test_a_seed_repeats_a_sample():
+    options = ("--temperature", 1, "--top-k", 50, "--top-p", 0.95, "--max-new-tokens", 24)
+    first, again, other = (as_json(PROMPT, *options, "--seed", seed) for seed in (5, 5, 6))
+    assert first["token_ids"] == again["token_ids"] != other["token_ids"]
+
+
+def test_chat_uses_the_models_template():
+    out = as_json("What is two plus two?", "--chat", "--max-new-tokens", 12)
+    assert out["prompt_tokens"] > 25
+    assert "<|im_" not in out["text"]
+
+
+def test_ctrl_c_prints_what_there_is_and_leaves_with_130():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recycle_ext.generate", PROMPT, "--max-new-tokens", "4000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    first = process.stdout.read(20)
+    os.kill(process.pid, signal.SIGINT)
+    rest, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(first) == 20
+    assert rest.endswith("\n")
+    assert "Traceback" not in error
+
+
+def test_output_into_a_pipe_that_closes():
+    line = f'"{sys.executable}" -m recycle_ext.generate "{PROMPT}" --max-new-tokens 200 | head -c 5'
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+    assert len(done.stdout) == 5
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--model", "nowhere.gguf"], "nowhere.gguf: no such file"),
+        (["x", "--module", "nowhere"], "nowhere: no such directory"),
+        (["x", "--drafts", "9"], "drafts is 9; it must be 1 to 4"),
+        (["x", "--threads", "0"], "threads is 0; it must be 1 to 256"),
+        (["x", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["x", "--temperature", "-1"], "temperature is -1"),
+        (["x", "--top-p", "2"], "top_p is 2"),
+        (["", "--max-new-tokens", "4"], "the prompt is empty"),
+        (["x", "--module", "none", "--mode", "verify"], "needs a module"),
+        (["word " * 9000], "9001 tokens; this model's context is 8192"),
+    ],
+)
+def test_a_users_mistake_is_one_line(arguments, message):
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_standard_input_that_is_no_text():
+    done = subprocess.run(
+        [sys.executable, "-m", "recycle_ext.generate", "-"],
+        input=b"\xff\xfe\xfa",
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert b"standard input is not UTF-8" in done.stderr
+
+
+def test_a_module_of_another_base_is_refused(tmp_path, default_model):
+    base = write_base(tmp_path)
+    # The shipped module, offered to a model it wasn't trained for.
+    from recycle_ext.checkpoint import open_checkpoint
+    from recycle_ext.module_checkpoint import default_module
+
+    module = default_module(open_checkpoint(default_model))
+    done = command("x", "--model", base.path, "--module", module)
+    assert done.returncode == 2
+    assert "was trained for" in done.stderr

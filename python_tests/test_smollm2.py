@@ -1,0 +1,115 @@
+"""The real model: SmolLM2-135M-Instruct, against transformers and in all modes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import recycle_ext
+from recycle_ext.checkpoint import open_checkpoint
+from recycle_ext.reference import BaseModel
+
+PROMPTS = [
+    "Once upon a time, in a small village by the sea,",
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "Q: What is the boiling point of water?\nA:",
+    "<|im_start|>user\nWrite a haiku about rain.<|im_end|>\n<|im_start|>assistant\n",
+    "In 1969, the first humans",
+    "The three most important rules of writing are",
+    "Ingredients: flour, sugar, two eggs",
+    "Dear Sir or Madam, I am writing to",
+    "import numpy as np\n\nx = np.",
+]
+NEW_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def checkpoint(default_model):
+    return open_checkpoint(default_model)
+
+
+@pytest.fixture(scope="module")
+def theirs(default_model):
+    transformers = pytest.importorskip("transformers", reason="the extra `test` brings it")
+    # Another reader of the same file, with its own dequantisation and its own order of q and k.
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        default_model.parent, gguf_file=default_model.name, dtype=torch.float32
+    ).eval()
+
+
+def ids_of(model, prompt, **options) -> list[int]:
+    generation = recycle_ext.generate(model, prompt, max_new_tokens=NEW_TOKENS, **options)
+    for _ in generation:
+        pass
+    return generation.token_ids
+
+
+@torch.no_grad()
+def test_the_reference_model_is_transformers_model(checkpoint, theirs):
+    tokens = torch.tensor([checkpoint.tokenizer.encode(PROMPTS[0] + PROMPTS[3])])
+    model = BaseModel(checkpoint.config)
+    model.load_state_dict(checkpoint.state_dict())
+    hidden = model.eval()(tokens)
+    expected = theirs(tokens, output_hidden_states=True)
+    scale = expected.logits.abs().max().item()
+    assert (hidden - expected.hidden_states[-1]).abs().max() < 1e-5 * scale
+    assert (model.logits(hidden) - expected.logits).abs().max() < 1e-5 * scale
+
+
+@torch.no_grad()
+def test_standard_mode_in_f32_gives_the_ids_of_transformers(default_model, theirs):
+    """Token for token; another one is excused only where transformers' own two best are a tie."""
+    model = recycle_ext.load(default_model, dtype="f32")
+    for prompt in PROMPTS:
+        start = model.tokenizer.encode(prompt)
+        ours = ids_of(model, start, mode="standard")
+        expected = theirs.generate(
+            torch.tensor([start]), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=2
+        )[0, len(start) :].tolist()
+        if expected[-1] == 2:
+            expected.pop()
+        if ours == expected:
+            continue
+        common = next(
+            (i for i, (a, b) in enumerate(zip(ours, expected, strict=False)) if a != b),
+            min(len(ours), len(expected)),
+        )
+        logits = theirs(torch.tensor([start + expected[:common]])).logits[0, -1]
+        best, second = logits.topk(2).values.tolist()
+        assert best - second < 1e-3, (prompt, common, best - second)
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16", "q8"])
+def test_verify_gives_the_ids_of_standard(default_model, dtype):
+    model = recycle_ext.load(default_model, dtype=dtype)
+    accepted = steps = 0
+    for prompt in PROMPTS:
+        expected = ids_of(model, prompt, mode="standard")
+        for drafts in (1, 3):
+            generation = recycle_ext.generate(
+                model, prompt, mode="verify", drafts=drafts, max_new_tokens=NEW_TOKENS
+            )
+            for _ in generation:
+                pass
+            assert generation.token_ids == expected
+            accepted += generation.statistics.accepted_drafts
+            steps += generation.statistics.steps
+    # The shipped module is at work, not a standard mode in disguise.
+    assert accepted > 0.2 * steps
+
+
+def test_the_text_is_the_sum_of_the_pieces(default_model):
+    model = recycle_ext.load(default_model)
+    generation = recycle_ext.generate(model, "Emoji: 🙂🙃 and 漢字:", max_new_tokens=30)
+    pieces = list(generation)
+    assert "".join(pieces) == generation.text
+    assert generation.statistics.new_tokens == len(generation.token_ids) <= 30
+
+
+def test_it_stops_at_the_models_end_token(default_model):
+    model = recycle_ext.load(default_model)
+    generation = recycle_ext.generate(model, "Say hi.", chat=True, max_new_tokens=400)
+    text = "".join(generation)
+    assert 0 < generation.statistics.new_tokens < 400
+    assert "<|im_end|>" not in text
