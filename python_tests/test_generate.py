@@ -12,10 +12,21 @@ import pytest
 from models import write_base
 
 PROMPT = "Once upon a time, in a small village by the sea,"
-JSON_KEYS = (
-    "text token_ids prompt_tokens new_tokens mode drafts steps acceptance_rate prefill_seconds "
-    "decode_seconds tokens_per_second weight_bytes gigabytes_per_second"
-).split()
+JSON_KEYS = [
+    "text",
+    "token_ids",
+    "prompt_tokens",
+    "new_tokens",
+    "mode",
+    "drafts",
+    "steps",
+    "acceptance_rate",
+    "prefill_seconds",
+    "decode_seconds",
+    "tokens_per_second",
+    "weight_bytes",
+    "gigabytes_per_second",
+]
 
 
 def command(*arguments, **options) -> subprocess.CompletedProcess:

@@ -10,10 +10,21 @@ from recycle_ext.decoder import Decoder
 from recycle_ext.errors import RecycleError
 from recycle_ext.packing import pack_matrix, pack_model
 
-STEP = (
-    "weights plan base_cache module_cache pending lengths draft_probs scratch decode_mode temperature "
-    "top_k top_p seeds"
-).split()
+STEP = [
+    "weights",
+    "plan",
+    "base_cache",
+    "module_cache",
+    "pending",
+    "lengths",
+    "draft_probs",
+    "scratch",
+    "decode_mode",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seeds",
+]
 
 
 @pytest.fixture(scope="module")

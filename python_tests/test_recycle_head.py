@@ -94,9 +94,7 @@ def test_sampling_draws_the_token_the_reference_draws(isa, temperature, top_k, t
     n_vocab, rows = 300, 64
     hidden, norm, packed, matrix = case(rows, 64, n_vocab, "f32")
     seeds = torch.arange(rows) * 7919 + 2**40
-    tokens, log_probs = call(
-        hidden, norm, packed, "f32", n_vocab, temperature, top_k, top_p, seeds
-    )
+    tokens, log_probs = call(hidden, norm, packed, "f32", n_vocab, temperature, top_k, top_p, seeds)
     expected, expected_log_probs = reference_ops.recycle_head(
         hidden.double(),
         norm.double(),

@@ -1,10 +1,10 @@
 """RecycleGPT decoding for Llama-family models: two tokens for little more than one.
 
-    import recycle_ext
+import recycle_ext
 
-    model = recycle_ext.load()
-    for piece in recycle_ext.generate(model, "Once upon a time,"):
-        print(piece, end="", flush=True)
+model = recycle_ext.load()
+for piece in recycle_ext.generate(model, "Once upon a time,"):
+    print(piece, end="", flush=True)
 """
 
 import importlib.machinery

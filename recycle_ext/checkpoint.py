@@ -46,9 +46,15 @@ class Checkpoint:
             "rms_norm_eps": float(np.float32(config.rms_norm_eps)),
             "rope_theta": float(np.float32(config.rope_theta)),
         }
-        for name in (
-            "vocab_size hidden_size intermediate_size n_layers n_heads n_kv_heads head_dim"
-        ).split():
+        for name in [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+        ]:
             sizes[name] = getattr(config, name)
         digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
         for name in base_shapes(config):

@@ -129,9 +129,7 @@ class ModuleConfig:
         """From the parsed config.json at ``file``; unknown and missing keys are refused by name."""
         if not isinstance(fields, dict) or fields.get("model_type") != "recycle_module":
             given = fields.get("model_type") if isinstance(fields, dict) else type(fields).__name__
-            raise RecycleError(
-                f'{file}: "model_type" is {given!r}; a module says "recycle_module"'
-            )
+            raise RecycleError(f'{file}: "model_type" is {given!r}; a module says "recycle_module"')
         values = {_JSON_NAMES.get(key, key): value for key, value in fields.items()}
         del values["model_type"]
         types = {field.name: field.type for field in dataclasses.fields(cls)}

@@ -23,9 +23,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         prog="python -m recycle_ext.generate",
         description="Continues a prompt with a Llama-family model and its recyclable module.",
     )
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
     parser.add_argument(
-        "--model", help=".gguf file, Hugging Face directory or hub id (default: SmolLM2-135M-Instruct)"
+        "prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input"
+    )
+    parser.add_argument(
+        "--model",
+        help=".gguf file, Hugging Face directory or hub id (default: SmolLM2-135M-Instruct)",
     )
     parser.add_argument(
         "--module", help="directory of a module, or none (default: the one shipped for the model)"
@@ -37,7 +40,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "tokens always count (default: verify if there is a module)",
     )
     parser.add_argument(
-        "--drafts", type=int, default=1, metavar="K", help="tokens the module guesses a step, 1 to 4"
+        "--drafts",
+        type=int,
+        default=1,
+        metavar="K",
+        help="tokens the module guesses a step, 1 to 4",
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
@@ -87,10 +94,19 @@ def figures(statistics: Statistics, read_bandwidth: float) -> str:
 def json_object(generation: Generation) -> dict:
     """What --json prints."""
     values = generation.statistics.as_dict()
-    names = (
-        "prompt_tokens new_tokens mode drafts steps acceptance_rate prefill_seconds decode_seconds "
-        "tokens_per_second weight_bytes gigabytes_per_second"
-    ).split()
+    names = [
+        "prompt_tokens",
+        "new_tokens",
+        "mode",
+        "drafts",
+        "steps",
+        "acceptance_rate",
+        "prefill_seconds",
+        "decode_seconds",
+        "tokens_per_second",
+        "weight_bytes",
+        "gigabytes_per_second",
+    ]
     return {"text": generation.text, "token_ids": generation.token_ids} | {
         name: values[name] for name in names
     }

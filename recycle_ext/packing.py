@@ -220,8 +220,7 @@ def pack_model(
     for what in ("hidden_size", "intermediate_size", "head_dim"):
         if getattr(config, what) % 16:
             raise RecycleError(
-                f"{base.path}: {what} is {getattr(config, what)}; "
-                "the kernels need a multiple of 16"
+                f"{base.path}: {what} is {getattr(config, what)}; the kernels need a multiple of 16"
             )
 
     def describe(plan: _Plan) -> tuple[int, int, int]:

@@ -65,6 +65,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> the same."""
         wide = x.float() if x.dtype != torch.float64 else x
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
@@ -97,7 +98,10 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KvCache | None, layer: int):
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KvCache | None, layer: int
+    ) -> Tensor:
+        """x [B, T, d], cos and sin [T, head_dim] -> [B, T, d]; ``layer`` is the cache's number."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
         k = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
@@ -126,6 +130,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d]"""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -140,7 +145,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(d, eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KvCache | None, layer: int):
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KvCache | None, layer: int
+    ) -> Tensor:
+        """As Attention.forward."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -123,9 +123,7 @@ def recycle_head(
     else:
         tokens = torch.tensor(
             [
-                draw(
-                    distribution(row, temperature, top_k, top_p), uniform(seed, at, Stream.SAMPLE)
-                )
+                draw(distribution(row, temperature, top_k, top_p), uniform(seed, at, Stream.SAMPLE))
                 for row, at, seed in zip(logits, positions.tolist(), seeds.tolist(), strict=True)
             ]
         )

@@ -91,9 +91,7 @@ def write_text(
         state = base(tokens[:, position : position + 1], cache)[:, 0]
         hidden[:, position] = state
         logits = base.logits(state).float()
-        temperature = torch.tensor(
-            [1.0 if h > 0 else t for h, t in zip(hot, settled, strict=True)]
-        )
+        temperature = torch.tensor([1.0 if h > 0 else t for h, t in zip(hot, settled, strict=True)])
         # Where T > 0: the argmax of logits + T * Gumbel noise draws from softmax(logits / T).
         warm = temperature.nonzero()[:, 0]
         noise = torch.rand(len(warm), logits.shape[1], generator=generator)

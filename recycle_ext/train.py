@@ -94,12 +94,25 @@ def initial_module(config: ModuleConfig, base: BaseModel, seed: int) -> Recyclab
         module.input_proj.weight[:, :d] += 0.5 * torch.eye(d)
         same_shape = all(
             getattr(config, name) == getattr(base.config, name)
-            for name in ("intermediate_size", "n_heads", "n_kv_heads", "head_dim", "qkv_bias", "qk_norm")
+            for name in (
+                "intermediate_size",
+                "n_heads",
+                "n_kv_heads",
+                "head_dim",
+                "qkv_bias",
+                "qk_norm",
+            )
         )
         if same_shape:
-            for layer, source in zip(reversed(module.layers), reversed(base.model.layers), strict=False):
+            for layer, source in zip(
+                reversed(module.layers), reversed(base.model.layers), strict=False
+            ):
                 layer.load_state_dict(
-                    {k: v.float() for k, v in source.state_dict().items() if k in layer.state_dict()}
+                    {
+                        k: v.float()
+                        for k, v in source.state_dict().items()
+                        if k in layer.state_dict()
+                    }
                 )
         for layer in module.layers:
             layer.self_attn.o_proj.weight.mul_(0.1)
@@ -119,6 +132,7 @@ class DistillLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, probs: Tensor) -> Tensor:
+        """-> [] float32"""
         log_probs = logits.float().log_softmax(-1)
         loss = -(log_probs * probs).sum() / len(logits)
         ctx.save_for_backward(log_probs, probs)
@@ -126,6 +140,7 @@ class DistillLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        """Of the logits, [rows, vocabulary] bfloat16; the probabilities are given."""
         log_probs, probs = ctx.saved_tensors
         return (log_probs.exp_().sub_(probs).mul_(grad / len(probs))).to(torch.bfloat16), None
 
@@ -359,8 +374,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     add("--output", required=True, help="directory of the module; a run's state is kept there too")
     add("--base", help=".gguf file, Hugging Face directory or hub id; none: SmolLM2-135M-Instruct")
-    add("--text", nargs="+", metavar="FILE", help="UTF-8 text to train on; none: the base writes it")
-    add("--self-generate", type=int, default=1_000_000, metavar="TOKENS", help="text the base writes")
+    add(
+        "--text", nargs="+", metavar="FILE", help="UTF-8 text to train on; none: the base writes it"
+    )
+    add(
+        "--self-generate",
+        type=int,
+        default=1_000_000,
+        metavar="TOKENS",
+        help="text the base writes",
+    )
     add("--length", type=int, default=320, help="tokens of a sequence")
     add("--held-out", type=float, default=0.03, help="share of the sequences kept for measuring")
     add("--draft-vocab", type=int, default=8192, help="tokens the module may draft; 0: all")
@@ -380,13 +403,17 @@ def check_options(options: argparse.Namespace) -> None:
             flag = "--" + name.replace("_", "-")
             raise RecycleError(f"{flag} is {getattr(options, name)}; it must be at least 1")
     if options.length < 3:
-        raise RecycleError(f"--length is {options.length}; a row needs two tokens after it: 3 or more")
+        raise RecycleError(
+            f"--length is {options.length}; a row needs two tokens after it: 3 or more"
+        )
     if not 0 < options.held_out < 1:
         raise RecycleError(f"--held-out is {options.held_out}; it must be between 0 and 1")
     if not options.lr > 0:
         raise RecycleError(f"--lr is {options.lr}; it must be positive")
     if options.draft_vocab < 0:
-        raise RecycleError(f"--draft-vocab is {options.draft_vocab}; it must be 0 (all) or positive")
+        raise RecycleError(
+            f"--draft-vocab is {options.draft_vocab}; it must be 0 (all) or positive"
+        )
 
 
 def train(options: argparse.Namespace) -> float:

@@ -87,8 +87,7 @@ inline void check(const char* op, const char* name, const Tensor& tensor, Scalar
 // The buffer of the packed weights, or of scratch: bytes at a cache line's boundary.
 inline void check_bytes(const char* op, const char* name, const Tensor& tensor, int64_t least) {
   check(op, name, tensor, ScalarType::Byte, {kAny});
-  if (tensor.numel() < least)
-    fail(op, name, " has ", tensor.numel(), " bytes; it needs ", least);
+  if (tensor.numel() < least) fail(op, name, " has ", tensor.numel(), " bytes; it needs ", least);
   if (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 64 != 0)
     fail(op, name, " must begin at an address that is a multiple of 64 (fresh torch tensors do)");
 }

@@ -54,7 +54,8 @@ void pack_rows(int format, int64_t n, int64_t k, int64_t row_begin, const py::bu
   const int64_t count = source.bytes / row_bytes;
   if (row_begin < 0 || row_begin % recycle::kPanelRows != 0 || row_begin + count > n ||
       (count % recycle::kPanelRows != 0 && row_begin + count != n))
-    throw std::invalid_argument("rows must begin at a multiple of 16 and end at one or at the last");
+    throw std::invalid_argument(
+        "rows must begin at a multiple of 16 and end at one or at the last");
   if (target.bytes != recycle::matrix_bytes(kind, n, k))
     throw std::invalid_argument("packed has " + std::to_string(target.bytes) +
                                 " bytes; the matrix takes " +
@@ -70,10 +71,9 @@ int64_t scratch_bytes(const py::buffer& plan, const py::buffer& weights, int64_t
   const Buffer table(plan, false);
   const Buffer bytes(weights, false);
   recycle::Model model;
-  const char* wrong = recycle::read_plan(static_cast<const int64_t*>(table.info.ptr),
-                                         table.bytes / 8,
-                                         static_cast<const std::byte*>(bytes.info.ptr),
-                                         bytes.bytes, &model);
+  const char* wrong =
+      recycle::read_plan(static_cast<const int64_t*>(table.info.ptr), table.bytes / 8,
+                         static_cast<const std::byte*>(bytes.info.ptr), bytes.bytes, &model);
   if (wrong != nullptr) throw std::invalid_argument(std::string("plan and weights: ") + wrong);
   return recycle::decode_scratch_bytes(model, batch, drafts, greedy, recycle::n_threads());
 }

@@ -101,9 +101,8 @@ Tensor attention_decode(const Tensor& q, const Tensor& k, const Tensor& v, const
 
   Tensor out = torch::stable::empty_like(q);
   params.out = data<float>(out);
-  const int64_t bytes =
-      attention_scratch_bytes(params.batch, params.n_rows, params.n_heads, params.n_kv_heads,
-                              params.head_dim, n_threads());
+  const int64_t bytes = attention_scratch_bytes(params.batch, params.n_rows, params.n_heads,
+                                                params.n_kv_heads, params.head_dim, n_threads());
   const Tensor scratch = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
   params.scratch = data<std::byte>(scratch);
   attention_decode(params);
@@ -176,10 +175,10 @@ KvCache check_cache(const char* op, const char* name, const Tensor& cache, const
 
 // What both ops are given, checked. The model is read from the plan into *model.
 DecodeState check_state(const char* op, const Tensor& weights, const Tensor& plan,
-                        const Tensor& base_cache, const Tensor& module_cache,
-                        const Tensor& pending, const Tensor& lengths, const Tensor& draft_probs,
-                        const Tensor& scratch, int64_t mode, double temperature, int64_t top_k,
-                        double top_p, const Tensor& seeds, Model* model) {
+                        const Tensor& base_cache, const Tensor& module_cache, const Tensor& pending,
+                        const Tensor& lengths, const Tensor& draft_probs, const Tensor& scratch,
+                        int64_t mode, double temperature, int64_t top_k, double top_p,
+                        const Tensor& seeds, Model* model) {
   check_bytes(op, "weights", weights, 0);
   check(op, "plan", plan, ScalarType::Long, {kAny});
   const char* wrong = read_plan(const_data<int64_t>(plan), plan.numel(),
@@ -280,8 +279,8 @@ void prefill(const Tensor& weights, const Tensor& plan, const Tensor& base_cache
   }
   const int64_t room = n_prompt + std::max<int64_t>(state.drafts - 1, 0);
   if (room > capacity_of(state))
-    fail(op, "prompt has ", n_prompt, " tokens, but the caches have room for ",
-         capacity_of(state), " positions");
+    fail(op, "prompt has ", n_prompt, " tokens, but the caches have room for ", capacity_of(state),
+         " positions");
   const Status status = prefill(state, sequence, const_data<int64_t>(prompt), n_prompt);
   if (status.code != StatusCode::ok) fail_non_finite(op, status, "sequence");
 }

@@ -50,7 +50,9 @@ void write_cache(const float* head, const KvCache& cache, std::byte* positions, 
   }
 }
 
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
 
 }  // namespace
 

@@ -20,9 +20,9 @@ struct AttentionShape {
 
 // Shared arrays. q, k and v are filled by the caller.
 struct AttentionWork {
-  float *q, *k, *v;   // [rows, q_size], [rows, kv_size] twice
-  float *cos, *sin;   // [rows, head_dim / 2]
-  float* weighted;    // [rows, n_heads, kSplits, head_dim]
+  float *q, *k, *v;        // [rows, q_size], [rows, kv_size] twice
+  float *cos, *sin;        // [rows, head_dim / 2]
+  float* weighted;         // [rows, n_heads, kSplits, head_dim]
   float *total, *maximum;  // [rows, n_heads, kSplits]
 
   // Room for either of two shapes, one after the other.

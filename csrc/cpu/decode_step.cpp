@@ -29,10 +29,11 @@ namespace {
 struct Work {
   ForwardWork forward;
   HeadWork head;
-  float* hidden;     // [rows, hidden] the base's last hidden states, after its final norm
-  float* pair;       // [rows, 2 hidden] the module's inputs: embedding, hidden state
-  Rows rows;         // of the pass under way
-  int64_t* tokens;   // [rows] what the pass embeds: the base's tokens, or the token after a module's row
+  float* hidden;  // [rows, hidden] the base's last hidden states, after its final norm
+  float* pair;    // [rows, 2 hidden] the module's inputs: embedding, hidden state
+  Rows rows;      // of the pass under way
+  int64_t*
+      tokens;  // [rows] what the pass embeds: the base's tokens, or the token after a module's row
   int64_t* source;   // [rows] where the hidden state of a module's row, or of a head's, stands
   int64_t* picks;    // [rows] what the head picked; sampled: 0. -1: not finite
   int64_t* pending;  // [batch, k + 1] the new ones, until the step is known to succeed
@@ -251,9 +252,7 @@ class Step {
 
   // In alternate mode drafts count without being asked about: only the last row needs the head.
   bool asks_every_row() const { return state_.mode == Mode::verify; }
-  int64_t n_head_rows() const {
-    return asks_every_row() ? work_.rows.n : work_.rows.n_segments;
-  }
+  int64_t n_head_rows() const { return asks_every_row() ? work_.rows.n : work_.rows.n_segments; }
 
   void lead_head_rows() {
     for (int64_t row = 0; row < n_head_rows(); ++row)
@@ -303,7 +302,8 @@ class Step {
 
   Choice accept_all(int64_t s, const Segment& segment) {
     const int64_t position = segment.position + width();
-    return {state_.drafts, choose(s, model_.base.head.n, segment.sequence, position, Stream::sample)};
+    return {state_.drafts,
+            choose(s, model_.base.head.n, segment.sequence, position, Stream::sample)};
   }
 
   Choice verify(int64_t s, const Segment& segment) {
@@ -319,8 +319,8 @@ class Step {
       if (!accepts(row + a, segment.sequence, a, position))
         return {a, resample(row + a, segment.sequence, a, position)};
     }
-    return {a, choose(row + a, model_.base.head.n, segment.sequence,
-                      segment.position + width(), Stream::sample)};
+    return {a, choose(row + a, model_.base.head.n, segment.sequence, segment.position + width(),
+                      Stream::sample)};
   }
 
   // Speculative sampling (Leviathan et al. 2023, algorithm 1): a draft drawn from q counts with

@@ -28,8 +28,7 @@ void ForwardWork::take(Arena& arena, int64_t rows, const Stack& a, const Stack& 
     threads[t].block_sums = arena.take<float>(rows * larger(widest, intermediate) / kBlock);
     threads[t].tile = arena.take<float>(rows * kTileRows);
     threads[t].tile2 = arena.take<float>(rows * kTileRows);
-    threads[t].attend_tile =
-        arena.take<float>(attend_tile_floats(larger(a.head_dim, b.head_dim)));
+    threads[t].attend_tile = arena.take<float>(attend_tile_floats(larger(a.head_dim, b.head_dim)));
   }
 }
 
@@ -43,7 +42,11 @@ class LayerPass {
  public:
   LayerPass(const Team& team, const Stack& stack, const KvCache& cache, const Rows& rows,
             ForwardWork& work)
-      : team_(team), stack_(stack), cache_(cache), rows_(rows), work_(work),
+      : team_(team),
+        stack_(stack),
+        cache_(cache),
+        rows_(rows),
+        work_(work),
         own_(work.threads[team.thread]) {}
 
   void run(int64_t index) {

@@ -19,15 +19,15 @@ inline AttentionShape attention_shape(const Stack& stack) {
 
 // One thread's own arrays.
 struct ThreadWork {
-  float* input;        // [rows, widest product input]
-  float* block_sums;   // [rows, widest product input / 32]
+  float* input;         // [rows, widest product input]
+  float* block_sums;    // [rows, widest product input / 32]
   float *tile, *tile2;  // [rows, kTileRows]
   float* attend_tile;
 };
 
 // What the layers work on; shared by the threads but for `threads`.
 struct ForwardWork {
-  float* x;           // [rows, hidden] the residual stream: embeddings in, last layer's output out
+  float* x;  // [rows, hidden] the residual stream: embeddings in, last layer's output out
   AttentionWork attention;
   float* activation;  // [rows, intermediate]
   ThreadWork threads[kMaxThreads];

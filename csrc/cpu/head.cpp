@@ -21,7 +21,9 @@ namespace recycle {
 
 namespace {
 
-int64_t n_tiles(int64_t n) { return (n + kTileRows - 1) / kTileRows; }
+int64_t n_tiles(int64_t n) {
+  return (n + kTileRows - 1) / kTileRows;
+}
 
 }  // namespace
 
@@ -101,8 +103,8 @@ struct Call {
   ThreadWork threads[kMaxThreads];
 };
 
-void take(Arena& arena, int64_t n_rows, int64_t hidden, int64_t n_vocab, bool greedy,
-          int n_threads, HeadWork& work, ThreadWork* threads) {
+void take(Arena& arena, int64_t n_rows, int64_t hidden, int64_t n_vocab, bool greedy, int n_threads,
+          HeadWork& work, ThreadWork* threads) {
   work.take(arena, n_rows, n_vocab, greedy, true, n_threads);
   for (int t = 0; t < n_threads; ++t) {
     threads[t].input = arena.take<float>(n_rows * hidden);

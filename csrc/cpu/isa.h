@@ -31,7 +31,7 @@ struct AttendTask {
   const float* q = nullptr;  // [n_rows, ld_q], the first head of the group
   int64_t ld_q = 0;
   int64_t n_rows = 0, group = 0, head_dim = 0;
-  int64_t first_position = 0;  // of row 0; row r sees positions 0 .. first_position + r
+  int64_t first_position = 0;       // of row 0; row r sees positions 0 .. first_position + r
   const std::byte* keys = nullptr;  // [capacity, head_dim]
   const std::byte* values = nullptr;
   CacheType type = CacheType::f32;
@@ -43,7 +43,9 @@ struct AttendTask {
   float* tile = nullptr;  // [attend_tile_floats(head_dim)]
 };
 
-constexpr int64_t attend_tile_floats(int64_t head_dim) { return 2 * kChunk * head_dim; }
+constexpr int64_t attend_tile_floats(int64_t head_dim) {
+  return 2 * kChunk * head_dim;
+}
 
 struct Kernels {
   const char* name;

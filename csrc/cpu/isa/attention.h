@@ -92,8 +92,8 @@ void attend(const AttendTask& task) {
   }
 }
 
-void merge_splits(const float* weighted, const float* total, const float* maximum,
-                  int64_t n_splits, int64_t head_dim, float* out) {
+void merge_splits(const float* weighted, const float* total, const float* maximum, int64_t n_splits,
+                  int64_t head_dim, float* out) {
   float largest = maximum[0];
   for (int64_t s = 1; s < n_splits; ++s) largest = maximum[s] > largest ? maximum[s] : largest;
   alignas(64) float factor[kSplits];

@@ -18,11 +18,19 @@ struct Raw {
 
 // 16 registers: at most 12 accumulators (a panel takes two), so that two weights and the activation
 // fit beside them. One row wants four panels: an FMA takes 4 cycles and two start in each.
-constexpr int max_rows() { return 6; }
-constexpr int panels_for(int rows) { return rows == 1 ? 4 : rows <= 2 ? 2 : 1; }
+constexpr int max_rows() {
+  return 6;
+}
+constexpr int panels_for(int rows) {
+  return rows == 1 ? 4 : rows <= 2 ? 2 : 1;
+}
 
-inline Lanes splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-inline Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline Lanes splat(float x) {
+  return {_mm256_set1_ps(x), _mm256_set1_ps(x)};
+}
+inline Lanes load(const float* p) {
+  return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
 inline void store(float* p, Lanes a) {
   _mm256_storeu_ps(p, a.lo);
   _mm256_storeu_ps(p + 8, a.hi);
@@ -58,7 +66,9 @@ inline __m256 power_of_2(__m256 n) {
   const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
 }
-inline Lanes power_of_2(Lanes n) { return {power_of_2(n.lo), power_of_2(n.hi)}; }
+inline Lanes power_of_2(Lanes n) {
+  return {power_of_2(n.lo), power_of_2(n.hi)};
+}
 inline float sum(Lanes a) {
   const __m256 eight = _mm256_add_ps(a.lo, a.hi);
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -86,7 +96,9 @@ inline Lanes load_bf16(const std::byte* p) {
 inline Lanes load_f16(const std::byte* p) {
   return {_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 16))};
 }
-inline Raw load_raw(const std::byte* p) { return {load_256(p), load_256(p + 32)}; }
+inline Raw load_raw(const std::byte* p) {
+  return {load_256(p), load_256(p + 32)};
+}
 inline Lanes bf16_even(Raw raw) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(raw.lo, 16)),
           _mm256_castsi256_ps(_mm256_slli_epi32(raw.hi, 16))};

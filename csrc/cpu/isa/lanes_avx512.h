@@ -18,18 +18,40 @@ struct Raw {
 };
 
 // 32 registers: at most 24 accumulators.
-constexpr int max_rows() { return 6; }
-constexpr int panels_for(int) { return 4; }
+constexpr int max_rows() {
+  return 6;
+}
+constexpr int panels_for(int) {
+  return 4;
+}
 
-inline Lanes splat(float x) { return {_mm512_set1_ps(x)}; }
-inline Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline void store(float* p, Lanes a) { _mm512_storeu_ps(p, a.v); }
-inline Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
-inline Lanes sub(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
-inline Lanes mul(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline Lanes div(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
-inline Lanes max(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Lanes splat(float x) {
+  return {_mm512_set1_ps(x)};
+}
+inline Lanes load(const float* p) {
+  return {_mm512_loadu_ps(p)};
+}
+inline void store(float* p, Lanes a) {
+  _mm512_storeu_ps(p, a.v);
+}
+inline Lanes fma(Lanes a, Lanes b, Lanes c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+inline Lanes add(Lanes a, Lanes b) {
+  return {_mm512_add_ps(a.v, b.v)};
+}
+inline Lanes sub(Lanes a, Lanes b) {
+  return {_mm512_sub_ps(a.v, b.v)};
+}
+inline Lanes mul(Lanes a, Lanes b) {
+  return {_mm512_mul_ps(a.v, b.v)};
+}
+inline Lanes div(Lanes a, Lanes b) {
+  return {_mm512_div_ps(a.v, b.v)};
+}
+inline Lanes max(Lanes a, Lanes b) {
+  return {_mm512_max_ps(a.v, b.v)};
+}
 inline Lanes keep_above(Lanes value, Lanes x, float limit) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_GE_OQ), value.v)};
 }
@@ -46,7 +68,9 @@ inline float sum(Lanes a) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
-inline float max_of(Lanes a) { return _mm512_reduce_max_ps(a.v); }
+inline float max_of(Lanes a) {
+  return _mm512_reduce_max_ps(a.v);
+}
 
 inline __m256i load_256(const std::byte* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -54,9 +78,15 @@ inline __m256i load_256(const std::byte* p) {
 inline Lanes load_bf16(const std::byte* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_256(p)), 16))};
 }
-inline Lanes load_f16(const std::byte* p) { return {_mm512_cvtph_ps(load_256(p))}; }
-inline Raw load_raw(const std::byte* p) { return {_mm512_loadu_si512(p)}; }
-inline Lanes bf16_even(Raw raw) { return {_mm512_castsi512_ps(_mm512_slli_epi32(raw.v, 16))}; }
+inline Lanes load_f16(const std::byte* p) {
+  return {_mm512_cvtph_ps(load_256(p))};
+}
+inline Raw load_raw(const std::byte* p) {
+  return {_mm512_loadu_si512(p)};
+}
+inline Lanes bf16_even(Raw raw) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(raw.v, 16))};
+}
 inline Lanes bf16_odd(Raw raw) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
   return {_mm512_castsi512_ps(_mm512_and_si512(raw.v, upper))};

@@ -19,8 +19,12 @@ struct Raw {
   uint32_t v[16];
 };
 
-constexpr int max_rows() { return 4; }
-constexpr int panels_for(int) { return 1; }
+constexpr int max_rows() {
+  return 4;
+}
+constexpr int panels_for(int) {
+  return 1;
+}
 
 template <class F>
 inline Lanes each(F f) {
@@ -37,7 +41,9 @@ inline Lanes load(const float* p) {
   std::memcpy(out.v, p, sizeof out.v);
   return out;
 }
-inline void store(float* p, Lanes a) { std::memcpy(p, a.v, sizeof a.v); }
+inline void store(float* p, Lanes a) {
+  std::memcpy(p, a.v, sizeof a.v);
+}
 // Two roundings here, one in the AVX2 and AVX-512 lanes: the only difference between them.
 inline Lanes fma(Lanes a, Lanes b, Lanes c) {
   return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });

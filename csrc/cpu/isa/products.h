@@ -105,8 +105,7 @@ inline void accumulate_quantised(const std::byte* const (&panel)[P], int64_t k, 
     for (int p = 0; p < P; ++p) {
       if constexpr (format == Format::q8_0) {
         const Lanes scale = load_f16(panel[p] + b * 32);
-        for (int r = 0; r < R; ++r)
-          tile.sum[r][p] = fma(scale, block.sum[r][p], tile.sum[r][p]);
+        for (int r = 0; r < R; ++r) tile.sum[r][p] = fma(scale, block.sum[r][p], tile.sum[r][p]);
       } else if constexpr (format == Format::q4_0) {
         const Lanes scale = load_f16(panel[p] + b * 32);
         for (int r = 0; r < R; ++r) {
@@ -157,10 +156,12 @@ void product_rows(const std::byte* first_panel, int64_t panels, int64_t k, const
 template <Format format>
 void product_of(const Matrix& matrix, int64_t panel, int64_t panels, const float* x, int64_t ld_x,
                 int64_t rows, const float* block_sums, float* out) {
-  using Function = void (*)(const std::byte*, int64_t, int64_t, const float*, int64_t, const float*,
-                            float*);
-  constexpr Function by_rows[6] = {product_rows<format, 1>, product_rows<format, 2>,
-                                   product_rows<format, 3>, product_rows<format, 4>,
+  using Function =
+      void (*)(const std::byte*, int64_t, int64_t, const float*, int64_t, const float*, float*);
+  constexpr Function by_rows[6] = {product_rows<format, 1>,
+                                   product_rows<format, 2>,
+                                   product_rows<format, 3>,
+                                   product_rows<format, 4>,
                                    product_rows<format, (max_rows() < 5 ? 4 : 5)>,
                                    product_rows<format, (max_rows() < 6 ? 4 : 6)>};
   // Groups of nearly equal height: 8 rows are 4 + 4, not 6 + 2.

@@ -18,7 +18,15 @@
 namespace recycle::RECYCLE_ISA {
 
 extern const Kernels kTable;
-const Kernels kTable = {RECYCLE_NAME(RECYCLE_ISA), product, block_sums, rms_norm, swiglu,
-                        attend, merge_splits, argmax, max_value, exp_sum};
+const Kernels kTable = {RECYCLE_NAME(RECYCLE_ISA),
+                        product,
+                        block_sums,
+                        rms_norm,
+                        swiglu,
+                        attend,
+                        merge_splits,
+                        argmax,
+                        max_value,
+                        exp_sum};
 
 }  // namespace recycle::RECYCLE_ISA

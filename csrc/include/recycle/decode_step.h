@@ -20,7 +20,9 @@ inline constexpr int64_t kPrefillRows = 64;
 
 // Free positions the caches must have for a step: the base writes k + 1 rows, the module the rows then
 // confirmed (k + 1 at most) and k - 1 of its own.
-constexpr int64_t positions_needed(int64_t drafts) { return drafts > 0 ? 2 * drafts : 1; }
+constexpr int64_t positions_needed(int64_t drafts) {
+  return drafts > 0 ? 2 * drafts : 1;
+}
 
 struct DecodeState {
   const Model* model = nullptr;

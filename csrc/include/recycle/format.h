@@ -43,12 +43,18 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-constexpr int64_t n_panels(int64_t n) { return (n + kPanelRows - 1) / kPanelRows; }
+constexpr int64_t n_panels(int64_t n) {
+  return (n + kPanelRows - 1) / kPanelRows;
+}
 
-constexpr bool is_quantised(Format format) { return format >= Format::q8_0; }
+constexpr bool is_quantised(Format format) {
+  return format >= Format::q8_0;
+}
 
 // k must be a multiple of this.
-constexpr int64_t k_multiple(Format format) { return is_quantised(format) ? kBlock : kPanelRows; }
+constexpr int64_t k_multiple(Format format) {
+  return is_quantised(format) ? kBlock : kPanelRows;
+}
 
 // Bytes of the scales that open a panel of a quantised format; the quants follow.
 constexpr int64_t scale_bytes(Format format, int64_t k) {

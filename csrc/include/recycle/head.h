@@ -14,8 +14,8 @@ namespace recycle {
 // (the lowest id among equals).
 struct Sampling {
   float temperature = 0;
-  int64_t top_k = 0;   // 0: all
-  float top_p = 1;     // 1: all
+  int64_t top_k = 0;               // 0: all
+  float top_p = 1;                 // 1: all
   const int64_t* seeds = nullptr;  // one a sequence
 
   bool greedy() const { return temperature == 0; }
@@ -33,8 +33,8 @@ struct HeadParams {
   Sampling sampling;                   // seeds: [n_rows]
   const int64_t* positions = nullptr;  // [n_rows], the counter of the random draw
   int64_t* tokens = nullptr;           // [n_rows]
-  float* log_probs = nullptr;          // [n_rows] log softmax(logits)[token], before temperature and cuts
-  std::byte* scratch = nullptr;        // head_scratch_bytes()
+  float* log_probs = nullptr;    // [n_rows] log softmax(logits)[token], before temperature and cuts
+  std::byte* scratch = nullptr;  // head_scratch_bytes()
 };
 
 int64_t head_scratch_bytes(int64_t n_rows, int64_t hidden, int64_t n_vocab, bool greedy,
