@@ -1,14 +1,14 @@
 # The kernels for each instruction set are one source compiled with that set's flags; which of them runs is
 # decided at run time (csrc/cpu/isa.cpp). Nothing else gets such flags.
-include(CheckCXXCompilerFlag)
+include(CheckCXXSourceCompiles)
 
 function(recycle_cpu_options target)
   target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR}/csrc/include)
   target_compile_options(${target} PRIVATE -O3 -ffp-contract=off -Wall -Wextra)
 endfunction()
 
-# Adds csrc/cpu/isa/kernels_*.cpp to `target`, and RECYCLE_HAVE_* for what was added.
-# Sets RECYCLE_CPU_TARGETS.
+# Adds csrc/cpu/isa/kernels_*.cpp to `target`, and RECYCLE_HAVE_* for what was added: generic always, the
+# others where processor and compiler know them. Sets RECYCLE_CPU_TARGETS.
 function(recycle_add_isa_kernels target)
   set(added generic)
   set(folder ${PROJECT_SOURCE_DIR}/csrc/cpu/isa)
@@ -16,15 +16,15 @@ function(recycle_add_isa_kernels target)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
     set(flags_avx2 -mavx2 -mfma -mf16c)
     set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
-    if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
-      # GCC warns about its own _mm512_undefined_ps (GCC bug 105593).
-      list(APPEND flags_avx512 -Wno-uninitialized -Wno-maybe-uninitialized)
-    endif()
-    check_cxx_compiler_flag(-mavx2 RECYCLE_COMPILER_HAS_avx2)
-    check_cxx_compiler_flag(-mavx512f RECYCLE_COMPILER_HAS_avx512)
     foreach(isa avx2 avx512)
-      if(RECYCLE_COMPILER_HAS_${isa})
-        string(TOUPPER ${isa} upper)
+      string(TOUPPER ${isa} upper)
+      list(JOIN flags_${isa} " " CMAKE_REQUIRED_FLAGS)
+      check_cxx_source_compiles("#include <immintrin.h>\nint main() {}" RECYCLE_COMPILER_HAS_${upper})
+      if(RECYCLE_COMPILER_HAS_${upper})
+        if(isa STREQUAL avx512 AND CMAKE_CXX_COMPILER_ID STREQUAL GNU)
+          # GCC warns about its own _mm512_undefined_ps (GCC bug 105593).
+          list(APPEND flags_avx512 -Wno-uninitialized -Wno-maybe-uninitialized)
+        endif()
         target_sources(${target} PRIVATE ${folder}/kernels_${isa}.cpp)
         set_source_files_properties(${folder}/kernels_${isa}.cpp PROPERTIES
           COMPILE_OPTIONS "${flags_${isa}}")

@@ -3,7 +3,7 @@
 pip builds in an environment of its own. Asking for torch there would download a second one, of
 several gigabytes with CUDA, although the environment that is installed into usually has one, and any
 from 2.10 on serves (the Stable ABI). So this looks there first, and asks for torch only when there is
-none.
+none. `-C cmake.define.RECYCLE_TORCH_DIR=.../torch` names another.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import re
 import site
 import sys
-import sysconfig
 from pathlib import Path
 
 from scikit_build_core import build as _backend
@@ -25,17 +24,23 @@ from scikit_build_core.build import (  # noqa: F401  (hooks that need nothing of
 )
 
 OLDEST = (2, 10)
+TORCH_DIR = "cmake.define.RECYCLE_TORCH_DIR"
 
 
 def _site_packages() -> list[Path]:
-    """Where the environment that is installed into keeps its packages."""
-    folders = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
-    if env := os.environ.get("VIRTUAL_ENV"):
-        # uv builds in a second virtual environment; the first is named here.
-        name = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        folders += [Path(env, "lib", name, "site-packages"), Path(env, "Lib", "site-packages")]
-    folders += [*site.getsitepackages(), site.getusersitepackages()]
-    return [Path(folder) for folder in folders]
+    """Where the environment that is installed into may keep its packages."""
+    # pip hides these from sys.path, but runs this with the environment's own Python.
+    folders = [Path(folder) for folder in site.getsitepackages()]
+    if sys.prefix == sys.base_prefix:
+        folders.append(Path(site.getusersitepackages()))
+    # uv and `python -m build` run this in a second virtual environment; of the first, if it is
+    # activated, only PATH still tells.
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for entry in os.environ.get("PATH", "").split(os.pathsep):
+        environment = Path(entry).parent
+        if (environment / "pyvenv.cfg").is_file():
+            folders.append(environment / "lib" / name / "site-packages")
+    return folders
 
 
 def _version(torch: Path) -> tuple[int, ...]:
@@ -56,23 +61,25 @@ def _installed_torch() -> Path | None:
     return None
 
 
-def _requires() -> list[str]:
-    return [] if _installed_torch() else ["torch>=" + ".".join(map(str, OLDEST))]
+def _requires(config_settings: dict | None) -> list[str]:
+    if TORCH_DIR in (config_settings or {}) or _installed_torch():
+        return []
+    return ["torch>=" + ".".join(map(str, OLDEST))]
 
 
 def _with_torch(config_settings: dict | None) -> dict:
     torch = _installed_torch()
     if torch is None and (spec := importlib.util.find_spec("torch")):
         torch = Path(spec.submodule_search_locations[0])
-    return {**(config_settings or {}), "cmake.define.RECYCLE_TORCH_DIR": str(torch or "")}
+    return {TORCH_DIR: str(torch or ""), **(config_settings or {})}
 
 
 def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:
-    return _backend.get_requires_for_build_wheel(config_settings) + _requires()
+    return _backend.get_requires_for_build_wheel(config_settings) + _requires(config_settings)
 
 
 def get_requires_for_build_editable(config_settings: dict | None = None) -> list[str]:
-    return _backend.get_requires_for_build_editable(config_settings) + _requires()
+    return _backend.get_requires_for_build_editable(config_settings) + _requires(config_settings)
 
 
 def build_wheel(

@@ -139,4 +139,4 @@ def test_a_users_mistake_is_one_line(base, tmp_path, capsys, arguments, message)
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
-    assert not os.path.exists(os.path.join(output, "module.safetensors"))  # noqa: PTH110, PTH118
+    assert not os.path.exists(os.path.join(output, "module.safetensors"))

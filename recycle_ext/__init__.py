@@ -1,13 +1,17 @@
 """RecycleGPT decoding for Llama-family models: two tokens for little more than one.
 
-import recycle_ext
+The shortest use:
 
-model = recycle_ext.load()
-for piece in recycle_ext.generate(model, "Once upon a time,"):
-    print(piece, end="", flush=True)
+    import recycle_ext
+
+    model = recycle_ext.load()
+    for piece in recycle_ext.generate(model, "Once upon a time,"):
+        print(piece, end="", flush=True)
 """
 
+import filecmp
 import importlib.machinery
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -15,35 +19,51 @@ from pathlib import Path
 def _need_torch() -> None:
     try:
         from torch import __version__ as given
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
         raise ImportError("recycle_ext needs torch 2.10 or newer; torch is not installed") from None
     if tuple(int(part) for part in given.split(".")[:2]) < (2, 10):
         raise ImportError(f"recycle_ext needs torch 2.10 or newer; this is torch {given}")
 
 
-def _use_installed_package() -> None:
-    """Makes this package, in a checkout, stand for the installed one.
+def _import_installed_package() -> None:
+    """Puts the installed recycle_ext in the place of this one, a checkout's, which has no compiled part.
 
-    `python -m recycle_ext.generate` in a clone finds the clone's recycle_ext/ before the installed package;
-    but only the installed one has the compiled part. Mixing the two could pair an old binary with new
-    Python, so all submodules come from the installed package.
+    `python -m recycle_ext.generate` in a clone finds the clone's recycle_ext/ before the installed
+    package. Lending it the installed compiled part alone could pair an old binary with new Python, so
+    all of the installed package runs, and it is said when the checkout is no longer the same.
     """
     here = Path(__file__).resolve().parent
-    if any(here.glob("_C.*")):
-        return
-    others = [entry for entry in sys.path if Path(entry or ".").resolve() != here.parent]
-    spec = importlib.machinery.PathFinder.find_spec("recycle_ext", others)
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"{here} is not built: run `pip install .` in {here.parent}")
-    __path__[:] = spec.submodule_search_locations
+    elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != here.parent]
+    find = importlib.machinery.PathFinder.find_spec
+    spec = find(__name__, elsewhere)
+    if spec is None or find(f"{__name__}._C", spec.submodule_search_locations) is None:
+        raise ImportError(
+            f"recycle_ext is not installed: run `{sys.executable} -m pip install .` in {here.parent}"
+        )
+    installed = Path(spec.origin).parent
+    names = [file.name for file in here.glob("*.py")]
+    _, changed, missing = filecmp.cmpfiles(here, installed, names, shallow=False)
+    if changed or missing:
+        print(
+            f"recycle_ext: this checkout is not what runs, {installed} is, and differs in "
+            f"{', '.join(sorted(changed + missing))}; `pip install .` installs this checkout",
+            file=sys.stderr,
+        )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[__name__] = module
+    spec.loader.exec_module(module)
 
 
 _need_torch()
-_use_installed_package()
 
-from recycle_ext import ops  # noqa: E402, F401  (registers torch.ops.recycle.*)
-from recycle_ext.decoder import Decoder  # noqa: E402
-from recycle_ext.errors import RecycleError  # noqa: E402
-from recycle_ext.generation import Model, Statistics, generate, load  # noqa: E402
+if importlib.util.find_spec(f"{__name__}._C") is None:
+    _import_installed_package()
+else:
+    from recycle_ext import ops  # noqa: F401  (registers torch.ops.recycle.*)
+    from recycle_ext.decoder import Decoder
+    from recycle_ext.errors import RecycleError
+    from recycle_ext.generation import Model, Statistics, generate, load
 
-__all__ = ["Decoder", "Model", "RecycleError", "Statistics", "generate", "load"]
+    __all__ = ["Decoder", "Model", "RecycleError", "Statistics", "generate", "load"]

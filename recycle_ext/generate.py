@@ -142,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
         status = INTERRUPTED
     print(json.dumps(json_object(generation)) if options.json else "", flush=True)
     if options.stats or (options.stats is None and sys.stderr.isatty() and not options.json):
-        bandwidth = _C.read_bandwidth(model.packed.weights.numel(), 5)
+        bandwidth = _C.read_bandwidth(model.packed.weights.numel(), 10)
         print("\n" + figures(generation.statistics, bandwidth), file=sys.stderr)
     return status
 

@@ -26,6 +26,7 @@ const Kernels kTable = {RECYCLE_NAME(RECYCLE_ISA),
                         attend,
                         merge_splits,
                         argmax,
+                        read_streams,
                         max_value,
                         exp_sum};
 
