@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -24,8 +25,8 @@ class Decoder:
     model: from ``packing.pack_model``. mode: "standard" (no module), "verify" (a draft counts if the base
     model would have said it: the output is the base model's own) or "alternate" (drafts always count).
     drafts: 1..4 tokens that the module guesses in a step. capacity: positions a sequence may have,
-    prompt and new tokens together; None: 2048, or the model's context if that is less. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing.
-    seeds: one a sequence; a seed's draws depend on nothing else in the batch.
+    prompt and new tokens together; None: 2048, or the model's context if that is less. temperature 0 is
+    greedy; top_k 0 and top_p 1 cut nothing. seeds: one a sequence; a seed's draws depend on nothing else in the batch.
 
     Raises RecycleError for arguments out of range.
     """
@@ -58,6 +59,14 @@ class Decoder:
             seeds = range(batch)
         if batch < 1 or len(seeds) != batch:
             raise RecycleError(f"batch is {batch} and there are {len(seeds)} seeds")
+        if not 0 <= temperature < math.inf:
+            raise RecycleError(
+                f"temperature is {temperature}; it must be 0 (greedy) or a positive number"
+            )
+        if not 0 <= top_k < 2**63:
+            raise RecycleError(f"top_k is {top_k}; it must be 0 (all tokens) or positive")
+        if not 0 < top_p <= 1:
+            raise RecycleError(f"top_p is {top_p}; it must be in (0, 1]")
         self.model = model
         self.mode = mode
         self.drafts = 0 if mode == "standard" else drafts

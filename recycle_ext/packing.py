@@ -131,8 +131,10 @@ class _Plan:
         source = sources.get(name)
         self.vector(None if source is None else source.to, size)
 
-    def matrix(self, source: TensorSource, format: str, ids: Tensor | None = None) -> None:
-        """A matrix, or those of its rows that ``ids`` names."""
+    def matrix(
+        self, source: TensorSource, format: str, ids: Tensor | None = None
+    ) -> tuple[int, int, int, int]:
+        """A matrix, or those of its rows that ``ids`` names; returns its entries (offset, format, n, k)."""
         n, k = source.shape if ids is None else (len(ids), source.shape[1])
         if format in BLOCKS and k % 32:
             format = "bf16"
@@ -143,12 +145,12 @@ class _Plan:
             )
         code = FORMATS[format]
         size = _C.matrix_bytes(code, n, k)
-        offset = self.room(size)
-        self.add(offset, code, n, k)
+        entries = (self.room(size), code, n, k)
+        self.add(*entries)
         self.formats[format] = self.formats.get(format, 0) + size
         if self.weights is None:
-            return
-        packed = self.weights[offset : offset + size].numpy()
+            return entries
+        packed = self.weights[entries[0] : entries[0] + size].numpy()
         for start in range(0, n, _ROWS_AT_ONCE):
             stop = min(n, start + _ROWS_AT_ONCE)
             if ids is None:
@@ -157,6 +159,7 @@ class _Plan:
                 first, last = int(ids[start]), int(ids[stop - 1]) + 1
                 rows = _rows(source, format, first, last)[ids[start:stop] - first]
             _C.pack_rows(code, n, k, start, _bytes_of(rows), packed)
+        return entries
 
     def stack(self, config: ModelConfig | ModuleConfig) -> None:
         """Sizes of a pile of layers."""
@@ -268,16 +271,14 @@ def _describe(
     plan.add(config.vocab_size)
     embedding = tensors["model.embed_tokens.weight"]
     head = tensors.get("lm_head.weight", embedding)
-    before = plan.bytes
-    plan.matrix(embedding, head_format(embedding))
+    embedding_entries = plan.matrix(embedding, head_format(embedding))
     plan.source_vector(tensors, "model.norm.weight", config.hidden_size)
     if head is embedding:
-        plan.add(*plan.entries[-5:-1])
-        head_bytes = plan.bytes - before
+        head_entries = embedding_entries
+        plan.add(*head_entries)
     else:
-        before = plan.bytes
-        plan.matrix(head, head_format(head))
-        head_bytes = plan.bytes - before
+        head_entries = plan.matrix(head, head_format(head))
+    head_bytes = _C.matrix_bytes(*head_entries[1:])
     before = plan.bytes
     for index in range(config.n_layers):
         plan.layer(tensors, f"model.layers.{index}.", config, layer_format)
@@ -306,19 +307,9 @@ def _describe(
         plan.vector(ids)
     else:
         plan.add(base.config.vocab_size)
-        head_at = _head_entries(plan, base)
-        plan.add(*head_at)
+        plan.add(*head_entries)
         plan.vector(None)
     plan.add(int(config.zero_first_embedding))
     for index in range(config.n_layers):
         plan.layer(tensors, f"layers.{index}.", config, lambda source: module_format)
     return layer_bytes, head_bytes, plan.bytes - before + own_head_bytes
-
-
-# Header 4, stack 8, vocabulary 1, embedding 4, final norm 1: the head's matrix comes next.
-_HEAD_AT = 18
-
-
-def _head_entries(plan: _Plan, base: Checkpoint) -> list[int]:
-    """The base head's matrix, which a module without a draft vocabulary shares."""
-    return plan.entries[_HEAD_AT : _HEAD_AT + 4]

@@ -35,14 +35,14 @@ _CONTROL, _USER_DEFINED = 3, 4
 class Tokenizer:
     """A model's tokenizer. ``from_directory`` and ``from_gguf`` make one."""
 
-    backend: Backend
+    backend: Backend = field(repr=False)
     eos_token_ids: tuple[int, ...]
     vocab_size: int  # rows of the model's embedding
     bos_token_id: int | None
     adds_bos: bool  # whether a prompt starts with bos_token_id
-    chat_template: str | None  # Jinja source
+    chat_template: str | None = field(repr=False)  # Jinja source
     # Texts that a chat template may refer to: bos_token, eos_token, ...
-    special_tokens: dict[str, str] = field(default_factory=dict)
+    special_tokens: dict[str, str] = field(default_factory=dict, repr=False)
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Token ids of ``text``; special tokens written out in it become their own ids.

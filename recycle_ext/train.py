@@ -423,8 +423,8 @@ def train(options: argparse.Namespace) -> float:
     state = folder / "training.pt"
     if state.exists() and not options.resume:
         raise RecycleError(f"{state} is of an earlier run: give --resume, or another --output")
-    if options.resume and not state.exists():
-        raise RecycleError(f"--resume: there is no {state}")
+    if options.resume and not folder.is_dir():
+        raise RecycleError(f"--resume: there is no {folder}")
     checkpoint = open_checkpoint(options.base)
     vocab_size = checkpoint.config.vocab_size
     if options.draft_vocab > vocab_size:
@@ -469,7 +469,7 @@ def train(options: argparse.Namespace) -> float:
             seed=options.seed,
         ),
     )
-    if options.resume:
+    if state.exists():
         trainer.load(state)
     print(
         f"{text.n_train} sequences of {options.length} tokens, {text.held_out} held out; "

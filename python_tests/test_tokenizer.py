@@ -1,0 +1,247 @@
+"""Token ids are those of transformers, and text that streams out is the text decoded at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import write_base
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+from recycle_ext.checkpoint import open_checkpoint
+from recycle_ext.errors import RecycleError
+from recycle_ext.gguf_file import GgufHeader
+from recycle_ext.tokenizer import from_gguf
+
+TEXTS = [
+    "Once upon a time, in a small village by the sea,",
+    " two  spaces,\ttabs\n\n and   lines \r\n",
+    "I'm sure we'll've seen IT'S",
+    "def f(x: int) -> str:\n    return f'{x!r}' if x >= 10_000 else \"\"",
+    "Grüße aus Zürich, 北京 and 🙂👩‍🚀 e\u0301",
+    "<|im_start|>user\nHi<|im_end|>\n",
+    "",
+]
+CHAT = [
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "<b>Why</b>?"},
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2(default_model):
+    return open_checkpoint(default_model).tokenizer
+
+
+@pytest.fixture(scope="module")
+def theirs(default_model):
+    return AutoTokenizer.from_pretrained(default_model.parent, gguf_file=default_model.name)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_of_the_default_model(smollm2, theirs, text):
+    assert smollm2.encode(text) == theirs(text, add_special_tokens=False).input_ids
+
+
+def test_chat_of_the_default_model(smollm2, theirs):
+    expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert smollm2.apply_chat_template(CHAT) == expected
+
+
+def test_digits_of_the_default_model_stand_alone(smollm2):
+    # SmolLM2's rule; transformers forgets it when it reads the GGUF file, so this stands on its own.
+    for text in ("12345", "7", "a1b2"):
+        assert len(smollm2.encode(text)) == len(text)
+    assert smollm2.encode("x 9")[-2:] == smollm2.encode(" ") + smollm2.encode("9")
+
+
+# Without control characters and such: the vocabulary lacks some of their bytes.
+@given(text=st.text(st.characters(categories=("L", "N", "P", "S", "Zs"), max_codepoint=0xFFFF)))
+def test_text_comes_back(smollm2, text):
+    assert smollm2.decode(smollm2.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_stream_gives_the_same_text(smollm2, text):
+    stream = smollm2.stream()
+    ids = smollm2.encode(text)
+    pieces = [stream.push(token) for token in ids]
+    assert "".join(pieces) + stream.flush() == smollm2.decode(ids)
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_character_of_several_tokens_comes_out_whole(smollm2):
+    ids = smollm2.encode("🙂")
+    assert len(ids) > 1
+    stream = smollm2.stream()
+    assert [stream.push(token) for token in ids] == [""] * (len(ids) - 1) + ["🙂"]
+
+
+def test_half_a_character_comes_out_at_the_end(smollm2):
+    stream = smollm2.stream()
+    assert stream.push(smollm2.encode("北")[0]) == ""
+    assert stream.flush() == "\ufffd"
+
+
+def test_text_that_cannot_be_encoded_is_refused(smollm2):
+    with pytest.raises(RecycleError, match="not valid UTF-8: character 1"):
+        smollm2.encode("a\udc80")
+
+
+# ---- Hugging Face directories ------------------------------------------------------------------------
+
+
+def write_directory(folder: Path, **settings) -> None:
+    """A base model with a byte-level tokenizer of its own."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    write_base(folder, vocab_size=backend.get_vocab_size())
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | settings))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_of_a_directory(tmp_path, text):
+    write_directory(tmp_path)
+    ours = open_checkpoint(tmp_path).tokenizer
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.encode(text, add_bos=False) == theirs(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_directory_says_whether_prompts_start_with_bos(tmp_path, adds_bos):
+    write_directory(tmp_path, add_bos_token=adds_bos)
+    tokenizer = open_checkpoint(tmp_path).tokenizer
+    bos = tokenizer.backend.token_to_id("<s>")
+    assert (tokenizer.encode("sea")[0] == bos) is adds_bos
+    assert tokenizer.encode("sea", add_bos=True)[0] == bos
+    assert tokenizer.encode("sea", add_bos=False)[0] != bos
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content | trim }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_chat_template_of_a_directory(tmp_path, in_file):
+    write_directory(tmp_path, **({} if in_file else {"chat_template": TEMPLATE}))
+    if in_file:
+        (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert open_checkpoint(tmp_path).tokenizer.apply_chat_template(CHAT) == expected
+
+
+def test_a_template_may_refuse_messages(tmp_path):
+    write_directory(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(RecycleError, match="refuses these messages: roles must alternate"):
+        open_checkpoint(tmp_path).tokenizer.apply_chat_template(CHAT)
+
+
+def test_a_model_without_a_chat_template_says_so(tmp_path):
+    write_directory(tmp_path)
+    with pytest.raises(RecycleError, match="no chat template"):
+        open_checkpoint(tmp_path).tokenizer.apply_chat_template(CHAT)
+
+
+def test_a_directory_without_a_tokenizer_names_the_file(tmp_path):
+    write_base(tmp_path)
+    with pytest.raises(RecycleError, match=r"tokenizer\.json: missing"):
+        _ = open_checkpoint(tmp_path).tokenizer
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(RecycleError, match=r"tokenizer\.json: not a tokenizer"):
+        _ = open_checkpoint(tmp_path).tokenizer
+
+
+def test_a_token_beyond_the_embedding_is_named(tmp_path):
+    write_directory(tmp_path)
+    write_base(tmp_path, vocab_size=100)
+    with pytest.raises(RecycleError, match="vocabulary ends at 99"):
+        open_checkpoint(tmp_path).tokenizer.encode(TEXTS[0])
+
+
+# ---- GGUF files -----------------------------------------------------------------------------------
+
+
+def write_vocabulary(file: Path, **changes) -> GgufHeader:
+    """A GGUF file that holds a SentencePiece vocabulary and nothing else.
+
+    The scores rank the merges so that ties and overlaps come up: "ab" before "bc" before "abc".
+    """
+    pieces = ["ab", "bc", "abc", "▁a", "▁ab", "▁abc", "ca", "▁▁", "cab"]
+    letters = list("▁abc.")
+    by_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = ["<unk>", "<s>", "</s>", *by_bytes, *pieces, *letters]
+    kinds = [2, 3, 3] + [6] * 256 + [1] * (len(pieces) + len(letters))
+    scores = [0.0] * 259 + [-float(i) for i in range(len(pieces))] + [-100.0] * len(letters)
+    writer = gguf.GGUFWriter(file, "llama")
+    settings = {"kind": "llama", "pre": None, "bos": 1} | changes
+    writer.add_tokenizer_model(settings["kind"])
+    if settings["pre"]:
+        writer.add_tokenizer_pre(settings["pre"])
+        writer.add_token_merges(["a b"])
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(settings["bos"])
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GgufHeader(file)
+
+
+def gguf_tokenizer(header: GgufHeader, folder: Path):
+    config = write_base(folder / "sizes", vocab_size=300).config
+    return from_gguf(header, config)
+
+
+@pytest.mark.parametrize("text", ["abc", "abcab  cab.", "caabbc abc", "é a", "b\nc", "xyz"])
+def test_ids_of_a_sentencepiece_vocabulary(tmp_path, text):
+    ours = gguf_tokenizer(write_vocabulary(tmp_path / "v.gguf"), tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="v.gguf")
+    ids = ours.encode(text)
+    assert ids == [1, *theirs(text, add_special_tokens=False).input_ids]
+    assert ours.decode(ids[1:]) == text
+
+
+def test_sentencepiece_puts_a_space_before_any_text(tmp_path):
+    tokenizer = gguf_tokenizer(write_vocabulary(tmp_path / "v.gguf"), tmp_path)
+    names = [tokenizer.backend.id_to_token(i) for i in tokenizer.encode(" a", add_bos=False)]
+    assert names == ["▁", "▁a"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "gpt2", "pre": "deepseek-v3"}, "pre-tokenizer 'deepseek-v3' is not supported"),
+        ({"kind": "t5"}, "tokenizer 't5' is not supported; gpt2 and llama are"),
+        ({"bos": 999}, "bos_token_id is 999, of 273 tokens"),
+        ({"kind": "gpt2"}, "tokenizer.ggml.merges is missing"),
+    ],
+)
+def test_a_vocabulary_that_is_not_supported(tmp_path, changes, message):
+    header = write_vocabulary(tmp_path / "v.gguf", **changes)
+    with pytest.raises(RecycleError, match=message) as caught:
+        gguf_tokenizer(header, tmp_path)
+    assert "v.gguf" in str(caught.value)
