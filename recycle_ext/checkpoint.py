@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from recycle_ext import gguf_file, hf_directory, hub
 from recycle_ext.config import ModelConfig
 from recycle_ext.errors import RecycleError
 from recycle_ext.fetch import default_model_path
-from recycle_ext.shapes import base_shapes, check_tensors
+from recycle_ext.shapes import base_shapes, check_layers, check_tensors
 from recycle_ext.tensor_source import TensorSource
 
 if TYPE_CHECKING:
@@ -97,7 +98,13 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
         config = gguf_file.read_config(header)
         tensors = gguf_file.read_tensors(header, config)
     _check_sizes(config, path)
+    check_layers(config.n_layers, tensors, str(path))
     check_tensors(tensors, base_shapes(config), str(path))
+    for name, source in tensors.items():
+        if source.format == "i64":
+            raise RecycleError(
+                f"{source.file}: tensor {name} is stored as I64; F32, F16 and BF16 are supported"
+            )
     return Checkpoint(config=config, path=str(path), tensors=tensors)
 
 
@@ -126,3 +133,5 @@ def _check_sizes(config: ModelConfig, path: Path) -> None:
         )
     if config.head_dim % 2:
         raise RecycleError(f"{path}: head_dim is {config.head_dim}; RoPE needs it to be even")
+    if not 0 < config.rope_theta < math.inf:
+        raise RecycleError(f"{path}: rope_theta is {config.rope_theta}; it must be positive")

@@ -147,4 +147,9 @@ class ModuleConfig:
                 values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
             except TypeError as error:
                 raise RecycleError(f"{file}: rope_scaling: {error}") from None
+            for name, value in dataclasses.asdict(values["rope_scaling"]).items():
+                if not isinstance(value, (int, float)) or value <= 0:
+                    raise RecycleError(
+                        f"{file}: rope_scaling: {name} is {value!r}; it must be a positive number"
+                    )
         return cls(**values)

@@ -172,6 +172,8 @@ class GgufHeader:
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name, n_dims = self._string(), self._scalar("I")
+        if not 1 <= n_dims <= 4:
+            raise RecycleError(f"{self.file}: tensor {name} has {n_dims} dimensions, not 1 to 4")
         shape = tuple(self._scalar("Q") for _ in range(n_dims))[::-1]
         return name, shape, self._scalar("I"), self._scalar("Q")
 
@@ -313,6 +315,7 @@ def _rope_freq_factors(header: GgufHeader, head_dim: int) -> tuple[float, ...] |
 
 def _eos_token_ids(header: GgufHeader) -> tuple[int, ...]:
     ids = [header.token_id("eos"), header.token_id("eot")]
-    tokens = header.metadata.get("tokenizer.ggml.tokens", [])
+    key = "tokenizer.ggml.tokens"
+    tokens = header.strings(key) if key in header.metadata else []
     ids += [tokens.index(text) for text in _TURN_ENDS if text in tokens]
     return tuple(dict.fromkeys(i for i in ids if i is not None))

@@ -53,10 +53,10 @@ def read_config(path: Path, name: str) -> ModelConfig:
     fields = _Fields(path / "config.json")
     get, refuse = fields.get, fields.refuse
     given = get("architectures", list, [])
-    if len(given) != 1 or given[0] not in _ARCHITECTURES:
+    if given not in [[name] for name in _ARCHITECTURES]:
         refuse("architectures", given, "one of " + ", ".join(_ARCHITECTURES))
     architecture = _ARCHITECTURES[given[0]]
-    if "quantization_config" in fields.values:
+    if fields.values.get("quantization_config") is not None:
         method = get("quantization_config", dict).get("quant_method")
         refuse("quantization_config", method, "a GGUF file, or weights in 16 or 32 bits,")
     if (activation := get("hidden_act", str, "silu")) != "silu":
@@ -97,8 +97,8 @@ def read_tensors(path: Path, config: ModelConfig) -> dict[str, TensorSource]:
     index_file = path / "model.safetensors.index.json"
     if index_file.is_file():
         placed = read_json(index_file).get("weight_map")
-        if not isinstance(placed, dict):
-            raise RecycleError(f'{index_file}: "weight_map" is missing')
+        if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
+            raise RecycleError(f'{index_file}: "weight_map" must name the file of each tensor')
         tensors: dict[str, TensorSource] = {}
         for file_name in sorted(set(placed.values())):
             # Only the name counts: a file outside this directory is none of the model's.
@@ -128,7 +128,7 @@ def read_tensors(path: Path, config: ModelConfig) -> dict[str, TensorSource]:
 
 def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     """Base of RoPE and scaling: "rope_parameters" since transformers 5, two keys before."""
-    new = "rope_parameters" in fields.values
+    new = fields.values.get("rope_parameters") is not None
     key = "rope_parameters" if new else "rope_scaling"
     rope = fields.get(key, dict, {})
     theta = rope.get("rope_theta", fields.get("rope_theta", float, 10000.0))

@@ -15,7 +15,7 @@ from recycle_ext.checkpoint import Checkpoint
 from recycle_ext.config import ModuleConfig
 from recycle_ext.errors import RecycleError
 from recycle_ext.json_file import read_json
-from recycle_ext.shapes import check_tensors, module_shapes
+from recycle_ext.shapes import check_layers, check_tensors, module_shapes
 from recycle_ext.tensor_source import TensorSource
 
 _WEIGHTS = "module.safetensors"
@@ -62,6 +62,7 @@ def open_module(path: str | Path, base: Checkpoint) -> ModuleCheckpoint:
         if (given := getattr(config, name)) != (needed := getattr(base.config, name)):
             raise RecycleError(f"{config_file}: {name} is {given}; the base model's is {needed}")
     tensors = safetensors_file.read_tensors(path / _WEIGHTS)
+    check_layers(config.n_layers, tensors, str(config_file))
     check_tensors(tensors, module_shapes(config), str(path / _WEIGHTS))
     for name, source in tensors.items():
         if (source.format == "i64") != (name == "draft_vocab"):
@@ -87,7 +88,6 @@ def save_module(
     state_dict: names and shapes of DESIGN section 5; ``draft_vocab`` is int64 and stays so.
     """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     shapes = module_shapes(config)
     given = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     if wrong := sorted(set(given.items()) ^ set(shapes.items())):
@@ -102,6 +102,7 @@ def save_module(
     }
     text = json.dumps(config.to_json(), indent=2) + "\n"
     try:
+        path.mkdir(parents=True, exist_ok=True)
         weights, config_file = path / f".{_WEIGHTS}.new", path / ".config.json.new"
         save_file(tensors, weights)
         config_file.write_text(text, "utf-8")

@@ -62,6 +62,12 @@ def module_shapes(config: ModuleConfig) -> Shapes:
     return shapes
 
 
+def check_layers(n_layers: int, tensors: Mapping[str, TensorSource], file: str) -> None:
+    """Refuses a number of layers that listing their shapes would run out of memory for."""
+    if n_layers > len(tensors):
+        raise RecycleError(f"{file}: {n_layers} layers, and only {len(tensors)} tensors")
+
+
 def check_tensors(tensors: Mapping[str, TensorSource], shapes: Shapes, file: str) -> None:
     """Refuses a missing tensor, one that is not expected, and a wrong shape."""
     for name, shape in shapes.items():
