@@ -232,6 +232,7 @@ def pack_model(
     dry = _Plan(None)
     describe(dry)
     weights = torch.empty(dry.bytes, dtype=torch.uint8)
+    _C.use_huge_pages(weights.numpy())
     plan = _Plan(weights)
     layer_bytes, head_bytes, module_bytes = describe(plan)
     plan.entries[2] = len(plan.entries)

@@ -7,12 +7,14 @@
 #include <vector>
 
 #include "../cpu/bandwidth.h"
+#include "../cpu/huge_pages.h"
 #include "../cpu/isa.h"
 #include "build_info.h"
 #include "recycle/decode_step.h"
 #include "recycle/format.h"
 #include "recycle/model.h"
 #include "recycle/parallel.h"
+#include "recycle/profile.h"
 
 namespace py = pybind11;
 
@@ -125,6 +127,32 @@ PYBIND11_MODULE(_C, m) {
         recycle::set_n_threads(n);
       },
       py::arg("n"), "Threads the kernels use from the next call on.");
+
+  m.def("profile", &recycle::profile, py::arg("on"),
+        "Adds up the time of each phase of the kernels from now on, or stops.");
+  m.def(
+      "phase_times",
+      [] {
+        py::list rows;
+        for (const bool is_module : {false, true})
+          for (int i = 0; i < recycle::kPhases; ++i) {
+            const auto phase = static_cast<recycle::Phase>(i);
+            const recycle::PhaseTime time = recycle::phase_time(phase, is_module);
+            if (time.count > 0)
+              rows.append(py::make_tuple(is_module ? "module" : "base", recycle::phase_name(phase),
+                                         time.count, time.work, time.wait));
+          }
+        return rows;
+      },
+      "Of the profile: (part, phase, times run, seconds of work, seconds of waiting), per thread.");
+
+  m.def(
+      "use_huge_pages",
+      [](const py::buffer& data) {
+        const Buffer memory(data, true);
+        recycle::use_huge_pages(memory.info.ptr, memory.bytes);
+      },
+      py::arg("data"), "Asks for huge pages under memory that was not written to yet.");
 
   m.def("read_bandwidth", &recycle::read_bandwidth, py::call_guard<py::gil_scoped_release>(),
         py::arg("bytes"), py::arg("repeats"),

@@ -198,13 +198,13 @@ void run(const Team& team, void* context) {
   copy(call.work.k, params.k, kv_size);
   copy(call.work.v, params.v, kv_size);
   rope_tables(team, call.rows, params.inv_freq, params.head_dim, call.work);
-  team.barrier();
+  team.barrier(Phase::lead);
   rotate_and_append(team, call.rows, call.shape, params.q_norm, params.k_norm, params.eps,
                     params.cache, 0, call.work);
-  team.barrier();
+  team.barrier(Phase::rotate);
   attend_splits(team, call.rows, call.shape, params.cache, 0, call.work,
                 call.tiles + team.thread * attend_tile_floats(params.head_dim));
-  team.barrier();
+  team.barrier(Phase::attention);
   for (int64_t row = own.begin; row < own.end; ++row)
     merge_row(call.shape, call.work, row, params.lengths[row / params.n_rows] + row % params.n_rows,
               params.out + row * q_size);

@@ -1,5 +1,5 @@
 // A plain sum over a buffer, each thread its own part, in as many streams and with the same loads as the
-// products read weights. The best pass counts: a slower one was disturbed. The buffer should be as large
+// products read weights, from huge pages where the weights are in such. The best pass counts: a slower one was disturbed. The buffer should be as large
 // as the model: a cache that holds the model holds the buffer too, and the floor is then that cache's.
 #include "bandwidth.h"
 
@@ -7,6 +7,7 @@
 #include <chrono>
 #include <vector>
 
+#include "huge_pages.h"
 #include "isa.h"
 #include "recycle/parallel.h"
 
@@ -29,7 +30,10 @@ void read_share(const Team& team, void* context) {
 }  // namespace
 
 double read_bandwidth(int64_t bytes, int repeats) {
-  const std::vector<float> buffer(bytes / sizeof(float), 1.0f);
+  std::vector<float> buffer;
+  buffer.reserve(bytes / sizeof(float));
+  use_huge_pages(buffer.data(), bytes);
+  buffer.resize(bytes / sizeof(float), 1.0f);
   double best = 0;
   for (int i = 0; i <= repeats; ++i) {  // the first only warms up
     Pass pass{buffer, 0.0f};

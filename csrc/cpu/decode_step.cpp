@@ -67,13 +67,13 @@ class Step {
 
   void decode(int64_t* tokens, int64_t* counts) {
     if (leads()) lead_base_rows(tokens, counts);
-    team_.barrier();
+    team_.barrier(Phase::lead);
     run_base();
     if (leads()) lead_head_rows();
-    team_.barrier();
+    team_.barrier(Phase::lead);
     run_head(model_.base.head, work_.hidden, nullptr, 0);
     if (leads()) lead_choice(tokens, counts);
-    team_.barrier();
+    team_.barrier(Phase::lead);
     if (failed()) return;
     if (state_.drafts > 0 && work_.rows.n > 0) {
       run_module(work_.hidden);
@@ -92,12 +92,12 @@ class Step {
         std::copy_n(prompt + first, count, work_.tokens);
         work_.source[0] = count - 1;
       }
-      team_.barrier();
+      team_.barrier(Phase::lead);
       run_base();
       if (is_last) {
         run_head(model_.base.head, work_.hidden, nullptr, 0, 1);
         if (leads()) lead_first_token(sequence, n_prompt);
-        team_.barrier();
+        team_.barrier(Phase::lead);
         if (failed()) return;
       }
       if (state_.drafts == 0) continue;
@@ -106,7 +106,7 @@ class Step {
         if (is_last) work_.tokens[count - 1] = work_.pending[sequence * (state_.drafts + 1)];
         for (int64_t row = 0; row < count; ++row) work_.source[row] = row;
       }
-      team_.barrier();
+      team_.barrier(Phase::lead);
       run_module(work_.hidden);
     }
     if (state_.drafts > 0) run_drafts();
@@ -130,16 +130,17 @@ class Step {
       unpack_row(base.embedding, work_.tokens[row], work_.forward.x + row * hidden);
     rope_tables(team_, work_.rows, base.stack.inv_freq, base.stack.head_dim,
                 work_.forward.attention);
-    team_.barrier();
+    team_.barrier(Phase::lead);
     forward(team_, base.stack, state_.base_cache, work_.rows, work_.forward);
     for (int64_t row = own.begin; row < own.end; ++row)
       kernels().rms_norm(work_.forward.x + row * hidden, base.final_norm, base.stack.eps, hidden,
                          work_.hidden + row * hidden);
-    team_.barrier();
+    team_.barrier(Phase::lead);
   }
 
   // work.rows, work.tokens and the hidden states at work.source -> module cache, work.forward.x
   void run_module(const float* hidden_states) {
+    team_.in_module = true;
     const Module& module = model_.module;
     const int64_t hidden = module.stack.hidden;
     const Range own = team_.share(work_.rows.n);
@@ -151,19 +152,21 @@ class Step {
     }
     rope_tables(team_, work_.rows, module.stack.inv_freq, module.stack.head_dim,
                 work_.forward.attention);
-    team_.barrier();
+    team_.barrier(Phase::lead);
     const ThreadWork& own_work = work_.forward.threads[team_.thread];
     const Matrix& matrix = module.input_proj;
-    kernels().block_sums(work_.pair, matrix.k, work_.rows.n, matrix.k, own_work.block_sums);
-    product_tiles(matrix, team_.share(n_panels(matrix.n)), work_.pair, work_.rows.n, own_work,
+    product_tiles(matrix, team_.share(n_panels(matrix.n)),
+                  own_work.activations(work_.pair, work_.rows.n, matrix.k, {matrix.format}),
+                  work_.rows.n, own_work,
                   [&](int64_t row, int64_t n, int64_t count, const float* values) {
                     const float* bias = module.input_bias;
                     float* to = work_.forward.x + row * hidden + n;
                     for (int64_t i = 0; i < count; ++i)
                       to[i] = bias != nullptr ? values[i] + bias[n + i] : values[i];
                   });
-    team_.barrier();
+    team_.barrier(Phase::input);
     forward(team_, module.stack, state_.module_cache, work_.rows, work_.forward);
+    team_.in_module = false;
   }
 
   // One row of pair: the embedding of the token after it, and its hidden state, each normed or not.
@@ -197,7 +200,7 @@ class Step {
         std::memcpy(to, state, head.k * sizeof(float));
     }
     scan_head(team_, head, own.input, count, greedy(), false, own, work_.head);
-    team_.barrier();
+    team_.barrier(Phase::head);
     const Range rows = team_.share(count);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       if (greedy()) {
@@ -209,7 +212,7 @@ class Step {
         work_.picks[row] = finite ? 0 : -1;
       }
     }
-    team_.barrier();
+    team_.barrier(Phase::pick);
   }
 
   void run_head(const Matrix& head, const float* states, const float* norm, float eps) {
@@ -226,11 +229,13 @@ class Step {
         for (int64_t s = 0; s < work_.rows.n_segments; ++s)
           work_.source[s] = work_.rows.segments[s].row + work_.rows.segments[s].n_rows - 1;
       }
-      team_.barrier();
+      team_.barrier(Phase::lead);
+      team_.in_module = true;
       run_head(module.head, work_.forward.x, module.output_norm, module.stack.eps,
                work_.rows.n_segments);
+      team_.in_module = false;
       if (leads()) lead_draft(draft);
-      team_.barrier();
+      team_.barrier(Phase::lead);
       if (failed()) return;
     }
   }
@@ -408,7 +413,7 @@ class Step {
     return ids != nullptr ? std::lower_bound(ids, ids + model_.module.head.n, token) - ids : token;
   }
 
-  const Team& team_;
+  Team team_;
   const DecodeState& state_;
   const Model& model_;
   Work& work_;

@@ -24,19 +24,29 @@ void ForwardWork::take(Arena& arena, int64_t rows, const Stack& a, const Stack& 
   attention.take(arena, rows, attention_shape(a), attention_shape(b));
   activation = arena.take<float>(rows * intermediate);
   for (int t = 0; t < n_threads; ++t) {
-    threads[t].input = arena.take<float>(rows * widest);
-    threads[t].block_sums = arena.take<float>(rows * larger(widest, intermediate) / kBlock);
-    threads[t].tile = arena.take<float>(rows * kTileRows);
+    threads[t].take(arena, rows, larger(widest, intermediate));
     threads[t].tile2 = arena.take<float>(rows * kTileRows);
     threads[t].attend_tile = arena.take<float>(attend_tile_floats(larger(a.head_dim, b.head_dim)));
   }
 }
 
-namespace {
-
-bool needs_block_sums(const Matrix& matrix) {
-  return matrix.format == Format::q4_0 || matrix.format == Format::q4_1;
+void ThreadWork::take(Arena& arena, int64_t rows, int64_t widest) {
+  input = arena.take<float>(rows * widest);
+  pairs = arena.take<int32_t>(rows * widest / 2);
+  scales = arena.take<float>(rows * widest / kBlock);
+  sums = arena.take<float>(rows * widest / kBlock);
+  tile = arena.take<float>(rows * kTileRows);
 }
+
+Activations ThreadWork::activations(const float* x, int64_t rows, int64_t k,
+                                    std::initializer_list<Format> formats) const {
+  bool quantised = false;
+  for (const Format format : formats) quantised = quantised || is_quantised(format);
+  if (quantised) kernels().quantise(x, rows * k, pairs, scales, sums);
+  return {x, pairs, scales, sums};
+}
+
+namespace {
 
 class LayerPass {
  public:
@@ -54,19 +64,19 @@ class LayerPass {
     const AttentionShape shape = attention_shape(stack_);
 
     project_qkv(layer);
-    team_.barrier();
+    team_.barrier(Phase::qkv);
     rotate_and_append(team_, rows_, shape, layer.q_norm, layer.k_norm, stack_.eps, cache_, index,
                       work_.attention);
-    team_.barrier();
+    team_.barrier(Phase::rotate);
     attend_splits(team_, rows_, shape, cache_, index, work_.attention, own_.attend_tile);
-    team_.barrier();
+    team_.barrier(Phase::attention);
     merge(shape);
     add_product(layer.o, own_.input);
-    team_.barrier();
+    team_.barrier(Phase::output);
     gate_and_up(layer);
-    team_.barrier();
+    team_.barrier(Phase::gate_up);
     add_product(layer.down, work_.activation);
-    team_.barrier();
+    team_.barrier(Phase::down);
   }
 
  private:
@@ -84,28 +94,25 @@ class LayerPass {
     }
   }
 
-  void sum_blocks(const float* x, const Matrix& a, const Matrix& b, const Matrix& c) {
-    if (needs_block_sums(a) || needs_block_sums(b) || needs_block_sums(c))
-      kernels().block_sums(x, a.k, rows_.n, a.k, own_.block_sums);
-  }
-
   void project_qkv(const Layer& layer) {
     normalise(layer.input_norm);
-    sum_blocks(own_.input, layer.q, layer.k, layer.v);
+    const Activations x = own_.activations(own_.input, rows_.n, stack_.hidden,
+                                           {layer.q.format, layer.k.format, layer.v.format});
     const int64_t q_panels = n_panels(layer.q.n);
     const int64_t kv_panels = n_panels(layer.k.n);
     const Range range = team_.share(q_panels + 2 * kv_panels);
-    project(layer.q, layer.q_bias, range, 0, work_.attention.q);
-    project(layer.k, layer.k_bias, range, q_panels, work_.attention.k);
-    project(layer.v, layer.v_bias, range, q_panels + kv_panels, work_.attention.v);
+    project(layer.q, layer.q_bias, x, range, 0, work_.attention.q);
+    project(layer.k, layer.k_bias, x, range, q_panels, work_.attention.k);
+    project(layer.v, layer.v_bias, x, range, q_panels + kv_panels, work_.attention.v);
   }
 
   // The part of `range` that falls on a matrix whose panels begin at `first`.
-  void project(const Matrix& matrix, const float* bias, Range range, int64_t first, float* out) {
+  void project(const Matrix& matrix, const float* bias, const Activations& x, Range range,
+               int64_t first, float* out) {
     const int64_t panels = n_panels(matrix.n);
     const Range mine = {range.begin > first ? range.begin - first : 0,
                         range.end - first < panels ? range.end - first : panels};
-    product_tiles(matrix, mine, own_.input, rows_.n, own_,
+    product_tiles(matrix, mine, x, rows_.n, own_,
                   [&](int64_t row, int64_t n, int64_t count, const float* values) {
                     float* to = out + row * matrix.n + n;
                     for (int64_t i = 0; i < count; ++i)
@@ -124,8 +131,8 @@ class LayerPass {
 
   // The residual stream += matrix x
   void add_product(const Matrix& matrix, const float* x) {
-    sum_blocks(x, matrix, matrix, matrix);
-    product_tiles(matrix, team_.share(n_panels(matrix.n)), x, rows_.n, own_,
+    product_tiles(matrix, team_.share(n_panels(matrix.n)),
+                  own_.activations(x, rows_.n, matrix.k, {matrix.format}), rows_.n, own_,
                   [&](int64_t row, int64_t n, int64_t count, const float* values) {
                     float* to = work_.x + row * stack_.hidden + n;
                     for (int64_t i = 0; i < count; ++i) to[i] += values[i];
@@ -134,14 +141,14 @@ class LayerPass {
 
   void gate_and_up(const Layer& layer) {
     normalise(layer.post_norm);
-    sum_blocks(own_.input, layer.gate, layer.up, layer.up);
+    const Activations x =
+        own_.activations(own_.input, rows_.n, stack_.hidden, {layer.gate.format, layer.up.format});
     const Range range = team_.share(n_panels(layer.gate.n));
     for (int64_t panel = range.begin; panel < range.end; panel += kTilePanels) {
       const int64_t left = range.end - panel;
       const int64_t count = left < kTilePanels ? left : kTilePanels;
       const auto tile_of = [&](const Matrix& matrix, float* tile) {
-        kernels().product(matrix, panel, count, own_.input, matrix.k, rows_.n, own_.block_sums,
-                          tile);
+        kernels().product(matrix, panel, count, x, rows_.n, tile);
       };
       tile_of(layer.gate, own_.tile);
       tile_of(layer.up, own_.tile2);

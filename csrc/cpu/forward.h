@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "arena.h"
 #include "attention.h"
@@ -19,10 +20,16 @@ inline AttentionShape attention_shape(const Stack& stack) {
 
 // One thread's own arrays.
 struct ThreadWork {
-  float* input;         // [rows, widest product input]
-  float* block_sums;    // [rows, widest product input / 32]
+  float* input;    // [rows, widest product input]
+  int32_t* pairs;  // what Activations has beside the floats, for the widest
+  float *scales, *sums;
   float *tile, *tile2;  // [rows, kTileRows]
   float* attend_tile;
+
+  void take(Arena& arena, int64_t rows, int64_t widest);
+  // x [rows, k] as the product with these matrices takes it.
+  Activations activations(const float* x, int64_t rows, int64_t k,
+                          std::initializer_list<Format> formats) const;
 };
 
 // What the layers work on; shared by the threads but for `threads`.
@@ -37,13 +44,13 @@ struct ForwardWork {
 };
 
 // out(row, first output, 16-aligned count, values) is called for each row and tile of the product of
-// x [rows, matrix.k] with panels [range.begin, range.end).
+// x with panels [range.begin, range.end).
 template <class Out>
-void product_tiles(const Matrix& matrix, Range panels, const float* x, int64_t rows,
+void product_tiles(const Matrix& matrix, Range panels, const Activations& x, int64_t rows,
                    const ThreadWork& own, Out out) {
   for (int64_t panel = panels.begin; panel < panels.end; panel += kTilePanels) {
     const int64_t count = panels.end - panel < kTilePanels ? panels.end - panel : kTilePanels;
-    kernels().product(matrix, panel, count, x, matrix.k, rows, own.block_sums, own.tile);
+    kernels().product(matrix, panel, count, x, rows, own.tile);
     for (int64_t row = 0; row < rows; ++row)
       out(row, panel * kPanelRows, count * kPanelRows, own.tile + row * kTileRows);
   }

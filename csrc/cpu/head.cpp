@@ -41,8 +41,6 @@ void HeadWork::take(Arena& arena, int64_t rows, int64_t n, bool greedy, bool log
 void scan_head(const Team& team, const Matrix& head, const float* x, int64_t rows, bool greedy,
                bool log_probs, const ThreadWork& own, HeadWork& work) {
   const Kernels& isa = kernels();
-  if (head.format == Format::q4_0 || head.format == Format::q4_1)
-    isa.block_sums(x, head.k, rows, head.k, own.block_sums);
   ArgMax* best = work.best + team.thread * work.max_rows;
   if (greedy) {
     for (int64_t row = 0; row < rows; ++row) {
@@ -53,7 +51,8 @@ void scan_head(const Team& team, const Matrix& head, const float* x, int64_t row
   const Range tiles = team.share(n_tiles(head.n));
   const int64_t panels = n_panels(head.n);
   const int64_t end = tiles.end * kTilePanels;
-  product_tiles(head, {tiles.begin * kTilePanels, end < panels ? end : panels}, x, rows, own,
+  product_tiles(head, {tiles.begin * kTilePanels, end < panels ? end : panels},
+                own.activations(x, rows, head.k, {head.format}), rows, own,
                 [&](int64_t row, int64_t first, int64_t padded, const float* values) {
                   const int64_t count = head.n - first < padded ? head.n - first : padded;
                   if (!greedy) {
@@ -107,9 +106,7 @@ void take(Arena& arena, int64_t n_rows, int64_t hidden, int64_t n_vocab, bool gr
           HeadWork& work, ThreadWork* threads) {
   work.take(arena, n_rows, n_vocab, greedy, true, n_threads);
   for (int t = 0; t < n_threads; ++t) {
-    threads[t].input = arena.take<float>(n_rows * hidden);
-    threads[t].block_sums = arena.take<float>(n_rows * hidden / kBlock);
-    threads[t].tile = arena.take<float>(n_rows * kTileRows);
+    threads[t].take(arena, n_rows, hidden);
   }
 }
 
@@ -136,7 +133,7 @@ void run(const Team& team, void* context) {
     x = own.input;
   }
   scan_head(team, params.head, x, params.n_rows, greedy, true, own, call.work);
-  team.barrier();
+  team.barrier(Phase::head);
 
   const int64_t n = params.head.n;
   const Range rows = team.share(params.n_rows);

@@ -32,7 +32,8 @@ int runnable(const Kernels* tables[3]) {
 #endif
 #ifdef RECYCLE_HAVE_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vnni"))
     tables[count++] = &avx512::kTable;
 #endif
   return count;

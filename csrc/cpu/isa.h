@@ -47,15 +47,29 @@ constexpr int64_t attend_tile_floats(int64_t head_dim) {
   return 2 * kChunk * head_dim;
 }
 
+// Rows that go into a product. The rest is read for quantised matrices only: the same rows as 16-bit
+// integers, of four consecutive ones the first and third as one pair and the second and fourth as the
+// next (so lie the weights that meet them), and for each block of 32 its scale and the sum of its rounded values.
+struct Activations {
+  const float* x = nullptr;        // [rows, k]
+  const int32_t* pairs = nullptr;  // [rows, k / 2]
+  const float* scales = nullptr;   // [rows, k / 32]
+  const float* sums = nullptr;     // [rows, k / 32]
+
+  Activations from_row(int64_t row, int64_t k) const {
+    return {x + row * k, pairs + row * (k / 2), scales + row * (k / kBlock),
+            sums + row * (k / kBlock)};
+  }
+};
+
 struct Kernels {
   const char* name;
 
-  // out[r][0..16 panels) = x[r] . rows of `panels` panels from `panel` on. x: [rows, ld_x].
-  // block_sums: [rows, k / 32], needed by q4_0 and q4_1 only. out: [rows, kTileRows].
-  void (*product)(const Matrix& matrix, int64_t panel, int64_t panels, const float* x, int64_t ld_x,
-                  int64_t rows, const float* block_sums, float* out);
-  // Sums of each 32 consecutive values of x: [rows, ld_x] -> [rows, k / 32].
-  void (*block_sums)(const float* x, int64_t ld_x, int64_t rows, int64_t k, float* sums);
+  // out[r][0..16 panels) = x[r] . rows of `panels` panels from `panel` on. out: [rows, kTileRows].
+  void (*product)(const Matrix& matrix, int64_t panel, int64_t panels, const Activations& x,
+                  int64_t rows, float* out);
+  // x [n] -> the other three arrays of Activations. n: a multiple of 32.
+  void (*quantise)(const float* x, int64_t n, int32_t* pairs, float* scales, float* sums);
   // out = x / sqrt(mean(x^2) + eps) * weight. n: a multiple of 16. In place is fine.
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
   // out = gate * sigmoid(gate) * up

@@ -1,6 +1,7 @@
 #include "recycle/parallel.h"
 
 #include <atomic>
+#include <chrono>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -37,7 +38,42 @@ void await_change(const std::atomic<uint32_t>& value, uint32_t old, int spin) {
   value.wait(old, std::memory_order_acquire);
 }
 
+// Wakes those that sleep in await_change(), after `value` was changed.
+void wake(std::atomic<uint32_t>& value) {
+  // notify_all() first looks whether anyone sleeps, and that look must not overtake the change: a thread
+  // going to sleep in between would see the old value and never be woken.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  value.notify_all();
+}
+
 }  // namespace
+
+// One thread's sums of a profile.
+class ThreadProfile {
+ public:
+  void start() { last_ = now(); }
+  void finish(Phase phase, bool is_module) {
+    PhaseTime& time = of(phase, is_module);
+    time.work += lap();
+    ++time.count;
+  }
+  void resume(Phase phase, bool is_module) { of(phase, is_module).wait += lap(); }
+  PhaseTime& of(Phase phase, bool is_module) {
+    return times_[is_module ? 1 : 0][static_cast<int>(phase)];
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static Clock::time_point now() { return Clock::now(); }
+  double lap() {
+    const Clock::time_point before = last_;
+    last_ = now();
+    return std::chrono::duration<double>(last_ - before).count();
+  }
+
+  alignas(64) Clock::time_point last_;
+  PhaseTime times_[2][kPhases];
+};
 
 class Barrier {
  public:
@@ -51,7 +87,7 @@ class Barrier {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == n_threads_) {
       arrived_.store(0, std::memory_order_relaxed);
       generation_.store(generation + 1, std::memory_order_release);
-      generation_.notify_all();
+      wake(generation_);
       return;
     }
     // wait() may return while the value is still the old one's copy: ask again.
@@ -66,8 +102,45 @@ class Barrier {
   int spin_ = 0;
 };
 
-void Team::barrier() const {
+namespace {
+
+std::vector<ThreadProfile> thread_profiles;  // empty: off
+
+ThreadProfile* times_of(int thread) {
+  if (thread >= static_cast<int>(thread_profiles.size())) return nullptr;
+  thread_profiles[thread].start();
+  return &thread_profiles[thread];
+}
+
+}  // namespace
+
+void profile(bool on) {
+  thread_profiles.clear();
+  if (on) thread_profiles.resize(n_threads());
+}
+
+PhaseTime phase_time(Phase phase, bool is_module) {
+  PhaseTime mean;
+  const double share = 1.0 / static_cast<double>(thread_profiles.size());
+  for (ThreadProfile& thread : thread_profiles) {
+    const PhaseTime& time = thread.of(phase, is_module);
+    mean.work += time.work * share;
+    mean.wait += time.wait * share;
+    mean.count = time.count;
+  }
+  return mean;
+}
+
+const char* phase_name(Phase phase) {
+  constexpr const char* names[kPhases] = {"lead",    "qkv",  "rotate", "attention", "output",
+                                          "gate_up", "down", "input",  "head",      "pick"};
+  return names[static_cast<int>(phase)];
+}
+
+void Team::barrier(Phase phase) const {
+  if (times != nullptr) times->finish(phase, in_module);
   if (n_threads > 1) sync->arrive_and_wait();
+  if (times != nullptr) times->resume(phase, in_module);
 }
 
 namespace {
@@ -84,7 +157,7 @@ class Pool {
   ~Pool() {
     stop_ = true;
     start_.fetch_add(1, std::memory_order_release);
-    start_.notify_all();
+    wake(start_);
     for (auto& worker : workers_) worker.join();
   }
 
@@ -94,8 +167,8 @@ class Pool {
     function_ = function;
     context_ = context;
     start_.fetch_add(1, std::memory_order_release);
-    start_.notify_all();
-    function(Team{0, n_threads_, &barrier_}, context);
+    wake(start_);
+    function(Team{0, n_threads_, &barrier_, times_of(0)}, context);
     barrier_.arrive_and_wait();
   }
 
@@ -106,7 +179,7 @@ class Pool {
       while (start_.load(std::memory_order_acquire) == seen) await_change(start_, seen, spin_);
       ++seen;
       if (stop_) return;
-      function_(Team{thread, n_threads_, &barrier_}, context_);
+      function_(Team{thread, n_threads_, &barrier_, times_of(thread)}, context_);
       barrier_.arrive_and_wait();
     }
   }

@@ -108,25 +108,47 @@ inline Lanes bf16_odd(Raw raw) {
   return {_mm256_castsi256_ps(_mm256_and_si256(raw.lo, upper)),
           _mm256_castsi256_ps(_mm256_and_si256(raw.hi, upper))};
 }
-template <int j>
-inline __m256 q8(__m256i raw) {
-  if constexpr (j < 3) raw = _mm256_slli_epi32(raw, 24 - 8 * j);
-  return _mm256_cvtepi32_ps(_mm256_srai_epi32(raw, 24));
+
+struct Ints {
+  __m256i lo, hi;
+};
+struct Pairs {
+  __m256i lo, hi;
+};
+
+inline Ints zero() {
+  return {_mm256_setzero_si256(), _mm256_setzero_si256()};
+}
+inline Lanes to_float(Ints a) {
+  return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)};
+}
+inline Ints dot(Ints a, Pairs weights, int32_t pair) {
+  const __m256i x = _mm256_set1_epi32(pair);
+  return {_mm256_add_epi32(a.lo, _mm256_madd_epi16(weights.lo, x)),
+          _mm256_add_epi32(a.hi, _mm256_madd_epi16(weights.hi, x))};
+}
+inline Pairs even_bytes(Raw raw) {
+  return {_mm256_srai_epi16(_mm256_slli_epi16(raw.lo, 8), 8),
+          _mm256_srai_epi16(_mm256_slli_epi16(raw.hi, 8), 8)};
+}
+inline Pairs odd_bytes(Raw raw) {
+  return {_mm256_srai_epi16(raw.lo, 8), _mm256_srai_epi16(raw.hi, 8)};
 }
 template <int j>
-inline Lanes q8(Raw raw) {
-  return {q8<j>(raw.lo), q8<j>(raw.hi)};
+inline __m256i nibbles(__m256i bits) {
+  if constexpr (j > 0) bits = _mm256_srli_epi16(bits, 4 * j);
+  if constexpr (j < 3) bits = _mm256_and_si256(bits, _mm256_set1_epi16(15));
+  return bits;
 }
 template <int j>
-inline __m256 q4(__m256i raw) {
-  constexpr int shift = j % 4 * 8 + j / 4 * 4;
-  if constexpr (shift > 0) raw = _mm256_srli_epi32(raw, shift);
-  if constexpr (shift < 28) raw = _mm256_and_si256(raw, _mm256_set1_epi32(15));
-  return _mm256_cvtepi32_ps(raw);
+inline Pairs nibbles(Raw raw) {
+  return {nibbles<j>(raw.lo), nibbles<j>(raw.hi)};
 }
-template <int j>
-inline Lanes q4(Raw raw) {
-  return {q4<j>(raw.lo), q4<j>(raw.hi)};
+inline void store_pairs(int32_t* p, Lanes a) {
+  const __m256i halves = _mm256_permute4x64_epi64(
+      _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)), 0xD8);
+  const __m256i ordered = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(halves, 0xD8), 0xD8);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), ordered);
 }
 
 }  // namespace

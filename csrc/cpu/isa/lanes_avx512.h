@@ -91,19 +91,40 @@ inline Lanes bf16_odd(Raw raw) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
   return {_mm512_castsi512_ps(_mm512_and_si512(raw.v, upper))};
 }
-template <int j>
-inline Lanes q8(Raw raw) {
-  __m512i bits = raw.v;
-  if constexpr (j < 3) bits = _mm512_slli_epi32(bits, 24 - 8 * j);
-  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(bits, 24))};
+
+struct Ints {
+  __m512i v;
+};
+struct Pairs {
+  __m512i v;
+};
+
+inline Ints zero() {
+  return {_mm512_setzero_si512()};
+}
+inline Lanes to_float(Ints a) {
+  return {_mm512_cvtepi32_ps(a.v)};
+}
+inline Ints dot(Ints a, Pairs weights, int32_t pair) {
+  return {_mm512_dpwssd_epi32(a.v, weights.v, _mm512_set1_epi32(pair))};
+}
+inline Pairs even_bytes(Raw raw) {
+  return {_mm512_srai_epi16(_mm512_slli_epi16(raw.v, 8), 8)};
+}
+inline Pairs odd_bytes(Raw raw) {
+  return {_mm512_srai_epi16(raw.v, 8)};
 }
 template <int j>
-inline Lanes q4(Raw raw) {
-  constexpr int shift = j % 4 * 8 + j / 4 * 4;
+inline Pairs nibbles(Raw raw) {
   __m512i bits = raw.v;
-  if constexpr (shift > 0) bits = _mm512_srli_epi32(bits, shift);
-  if constexpr (shift < 28) bits = _mm512_and_si512(bits, _mm512_set1_epi32(15));
-  return {_mm512_cvtepi32_ps(bits)};
+  if constexpr (j > 0) bits = _mm512_srli_epi16(bits, 4 * j);
+  if constexpr (j < 3) bits = _mm512_and_si512(bits, _mm512_set1_epi16(15));
+  return {bits};
+}
+inline void store_pairs(int32_t* p, Lanes a) {
+  const __m256i halves = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a.v));
+  const __m256i ordered = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(halves, 0xD8), 0xD8);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), ordered);
 }
 
 }  // namespace

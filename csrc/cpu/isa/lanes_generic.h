@@ -108,19 +108,60 @@ inline Lanes bf16_even(const Raw& raw) {
 inline Lanes bf16_odd(const Raw& raw) {
   return each([&](int i) { return std::bit_cast<float>(raw.v[i] & 0xFFFF0000u); });
 }
-// The signed byte j of each lane.
-template <int j>
-inline Lanes q8(const Raw& raw) {
-  return each([&](int i) {
-    return static_cast<float>(static_cast<int32_t>(raw.v[i] << (24 - 8 * j)) >> 24);
-  });
+
+struct Ints {
+  int32_t v[16];
+};
+// Two 16-bit integers a lane.
+struct Pairs {
+  int16_t v[16][2];
+};
+
+inline Ints zero() {
+  return {};
 }
-// Nibble j of the group of 8: the low ones of the four bytes, then the high ones.
+inline Lanes to_float(Ints a) {
+  return each([&](int i) { return static_cast<float>(a.v[i]); });
+}
+// a + first weight * first of the pair + second * second; the pair's first is its lower half.
+inline Ints dot(Ints a, const Pairs& weights, int32_t pair) {
+  const auto first = static_cast<int16_t>(pair & 0xFFFF);
+  const auto second = static_cast<int16_t>(pair >> 16);
+  for (int i = 0; i < 16; ++i) a.v[i] += weights.v[i][0] * first + weights.v[i][1] * second;
+  return a;
+}
+template <class F>
+inline Pairs each_half(const Raw& raw, F f) {
+  Pairs out;
+  for (int i = 0; i < 16; ++i) {
+    out.v[i][0] = f(static_cast<uint16_t>(raw.v[i]));
+    out.v[i][1] = f(static_cast<uint16_t>(raw.v[i] >> 16));
+  }
+  return out;
+}
+// The signed bytes 0 and 2 of each lane, and 1 and 3.
+inline Pairs even_bytes(const Raw& raw) {
+  return each_half(raw, [](uint16_t half) -> int16_t { return static_cast<int8_t>(half); });
+}
+inline Pairs odd_bytes(const Raw& raw) {
+  return each_half(raw, [](uint16_t half) -> int16_t { return static_cast<int8_t>(half >> 8); });
+}
+// Nibble j of each half of each lane.
 template <int j>
-inline Lanes q4(const Raw& raw) {
-  return each([&](int i) {
-    return static_cast<float>(static_cast<int32_t>(raw.v[i] >> (j % 4 * 8 + j / 4 * 4) & 15));
-  });
+inline Pairs nibbles(const Raw& raw) {
+  return each_half(raw, [](uint16_t half) -> int16_t { return half >> 4 * j & 15; });
+}
+// 16 integral floats as 8 pairs: of every four, the first and third, then the second and fourth.
+inline void store_pairs(int32_t* p, Lanes a) {
+  const auto pair = [&](int i, int j) {
+    const auto low = static_cast<uint16_t>(static_cast<int16_t>(a.v[i]));
+    const auto high = static_cast<uint16_t>(static_cast<int16_t>(a.v[j]));
+    return static_cast<int32_t>(low | static_cast<uint32_t>(high) << 16);
+  };
+  for (int i = 0; i < 16; i += 4) {
+    *p++ = pair(i, i + 2);
+    *p++ = pair(i + 1, i + 3);
+  }
 }
 
 }  // namespace

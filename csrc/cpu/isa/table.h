@@ -20,7 +20,7 @@ namespace recycle::RECYCLE_ISA {
 extern const Kernels kTable;
 const Kernels kTable = {RECYCLE_NAME(RECYCLE_ISA),
                         product,
-                        block_sums,
+                        quantise,
                         rms_norm,
                         swiglu,
                         attend,

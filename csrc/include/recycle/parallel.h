@@ -8,9 +8,12 @@
 
 #include <cstdint>
 
+#include "recycle/profile.h"
+
 namespace recycle {
 
 class Barrier;
+class ThreadProfile;
 
 struct Range {
   int64_t begin;
@@ -26,10 +29,13 @@ struct Team {
   int thread;
   int n_threads;
   Barrier* sync;
+  ThreadProfile* times = nullptr;  // null unless a profile is on
+  bool in_module = false;          // for the profile only
 
   Range share(int64_t total) const { return split(total, thread, n_threads); }
-  // All threads have finished what stands before it, and see each other's writes, after it.
-  void barrier() const;
+  // All threads have finished what stands before it, and see each other's writes, after it. `phase` says
+  // what stands before it.
+  void barrier(Phase phase) const;
 };
 
 using ParallelFunction = void (*)(const Team& team, void* context);
