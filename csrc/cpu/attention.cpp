@@ -1,7 +1,7 @@
 // RoPE, cache append and attention over (sequence, key/value head, split of the cache).
 //
-// The work is cut so that threads get about the same: heads of rows for the rotation, and for the
-// attention itself one task a sequence, key/value head and split. The query heads of a group stay
+// The work is cut so that threads get about the same: heads for the rotation, and for the attention
+// itself one task a sequence, key/value head and split. The query heads of a group stay
 // together: they read the same keys and values.
 #include "attention.h"
 
@@ -38,14 +38,16 @@ uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-void write_cache(const float* head, const KvCache& cache, std::byte* positions, int64_t position) {
-  std::byte* at = positions + position * cache.head_dim * cache.element_bytes();
+// Elements [first, first + count) of one head at one position; `positions` is the head's part of the cache.
+void write_cache(const float* values, int64_t count, const KvCache& cache, std::byte* positions,
+                 int64_t position, int64_t first) {
+  std::byte* at = positions + (position * cache.head_dim + first) * cache.element_bytes();
   if (cache.type == CacheType::f32) {
-    std::memcpy(at, head, cache.head_dim * sizeof(float));
+    std::memcpy(at, values, count * sizeof(float));
     return;
   }
-  for (int64_t i = 0; i < cache.head_dim; ++i) {
-    const uint16_t value = to_bf16(head[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    const uint16_t value = to_bf16(values[i]);
     std::memcpy(at + i * 2, &value, 2);
   }
 }
@@ -88,32 +90,36 @@ void rope_tables(const Team& team, const Rows& rows, const float* inv_freq, int6
   }
 }
 
-void rotate_and_append(const Team& team, const Rows& rows, const AttentionShape& shape,
+void rotate_and_append(Range heads, Range v_panels, const Rows& rows, const AttentionShape& shape,
                        const float* q_norm, const float* k_norm, float eps, const KvCache& cache,
                        int64_t layer, AttentionWork& work) {
-  const Kernels& isa = kernels();
   const int64_t head_dim = shape.head_dim;
-  const int64_t heads = shape.n_heads + shape.n_kv_heads;
-  const Range range = team.share(rows.n * heads);
+  const auto rotated = [&](float* head, const float* norm, int64_t row) {
+    if (norm != nullptr) kernels().rms_norm(head, norm, eps, head_dim, head);
+    rotate(head, work.cos + row * (head_dim / 2), work.sin + row * (head_dim / 2), head_dim);
+    return head;
+  };
   for (int64_t s = 0; s < rows.n_segments; ++s) {
     const Segment& segment = rows.segments[s];
-    const int64_t first = larger(range.begin, segment.row * heads);
-    for (int64_t item = first; item < range.end && item < (segment.row + segment.n_rows) * heads;
-         ++item) {
-      const int64_t row = item / heads;
-      const int64_t head = item % heads;
-      const bool is_query = head < shape.n_heads;
-      const int64_t kv_head = head - shape.n_heads;
-      float* at = is_query ? work.q + row * shape.q_size() + head * head_dim
-                           : work.k + row * shape.kv_size() + kv_head * head_dim;
-      const float* norm = is_query ? q_norm : k_norm;
-      if (norm != nullptr) isa.rms_norm(at, norm, eps, head_dim, at);
-      rotate(at, work.cos + row * (head_dim / 2), work.sin + row * (head_dim / 2), head_dim);
-      if (is_query) continue;
-      const int64_t position = segment.position + row - segment.row;
-      write_cache(at, cache, cache.head(layer, 0, segment.sequence, kv_head), position);
-      write_cache(work.v + row * shape.kv_size() + kv_head * head_dim, cache,
-                  cache.head(layer, 1, segment.sequence, kv_head), position);
+    for (int64_t i = 0; i < segment.n_rows; ++i) {
+      const int64_t row = segment.row + i;
+      const int64_t position = segment.position + i;
+      float* q = work.q + row * shape.q_size();
+      float* k = work.k + row * shape.kv_size();
+      const float* v = work.v + row * shape.kv_size();
+      int64_t head = heads.begin;
+      for (; head < heads.end && head < shape.n_heads; ++head)
+        rotated(q + head * head_dim, q_norm, row);
+      for (; head < heads.end; ++head) {
+        const int64_t kv_head = head - shape.n_heads;
+        write_cache(rotated(k + kv_head * head_dim, k_norm, row), head_dim, cache,
+                    cache.head(layer, 0, segment.sequence, kv_head), position, 0);
+      }
+      for (int64_t panel = v_panels.begin; panel < v_panels.end; ++panel) {
+        const int64_t at = panel * kPanelRows;
+        write_cache(v + at, kPanelRows, cache,
+                    cache.head(layer, 1, segment.sequence, at / head_dim), position, at % head_dim);
+      }
     }
   }
 }
@@ -199,9 +205,10 @@ void run(const Team& team, void* context) {
   copy(call.work.v, params.v, kv_size);
   rope_tables(team, call.rows, params.inv_freq, params.head_dim, call.work);
   team.barrier(Phase::lead);
-  rotate_and_append(team, call.rows, call.shape, params.q_norm, params.k_norm, params.eps,
-                    params.cache, 0, call.work);
-  team.barrier(Phase::rotate);
+  rotate_and_append(team.share(call.shape.n_heads + call.shape.n_kv_heads),
+                    team.share(kv_size / kPanelRows), call.rows, call.shape, params.q_norm,
+                    params.k_norm, params.eps, params.cache, 0, call.work);
+  team.barrier(Phase::qkv);
   attend_splits(team, call.rows, call.shape, params.cache, 0, call.work,
                 call.tiles + team.thread * attend_tile_floats(params.head_dim));
   team.barrier(Phase::attention);

@@ -33,8 +33,9 @@ struct AttentionWork {
 void rope_tables(const Team& team, const Rows& rows, const float* inv_freq, int64_t head_dim,
                  AttentionWork& work);
 
-// Norms (where there are any) and rotates q and k, and writes k and v to the cache.
-void rotate_and_append(const Team& team, const Rows& rows, const AttentionShape& shape,
+// Norms (where there are any) and rotates q and k of these heads (k's count on from q's), and writes
+// their k, and these panels of v, to the cache. Who computed them can do so without a barrier.
+void rotate_and_append(Range heads, Range v_panels, const Rows& rows, const AttentionShape& shape,
                        const float* q_norm, const float* k_norm, float eps, const KvCache& cache,
                        int64_t layer, AttentionWork& work);
 

@@ -1,15 +1,15 @@
-// One layer is six phases with a barrier after each:
+// One layer is five phases with a barrier after each:
 //
-//   1  RMSNorm, then q, k and v            products, k = hidden
-//   2  norm and RoPE of q and k, append    a few hundred multiplications a head
-//   3  attention, split by split
-//   4  merge of the splits, then o         product, k = heads * head_dim, added to the residual
-//   5  RMSNorm, then gate, up and SwiGLU   products, k = hidden
-//   6  down                                product, k = intermediate, added to the residual
+//   1  RMSNorm, q, k and v, RoPE, append   products, k = hidden
+//   2  attention, split by split
+//   3  merge of the splits, then o         product, k = heads * head_dim, added to the residual
+//   4  RMSNorm, then gate, up and SwiGLU   products, k = hidden
+//   5  down                                product, k = intermediate, added to the residual
 //
-// Bounded by reading the weights in 1, 4, 5 and 6. Threads share out panels of outputs, so that no two
-// of them add to the same number. What comes before a product (norms, the merge) each thread does for
-// itself: 600 multiplications cost less than one more barrier.
+// Bounded by reading the weights in 1, 3, 4 and 5. Threads share out whole heads of q and k, so that each
+// can rotate what it computed, and else panels of outputs, so that no two of them add to the same
+// number. What comes before a product (norms, the merge) each thread does for itself: 600
+// multiplications cost less than one more barrier.
 // Every output of a row is computed by the same operations in the same order whatever the number of rows
 // and threads.
 #include "forward.h"
@@ -63,11 +63,8 @@ class LayerPass {
     const Layer layer = stack_.layer(index);
     const AttentionShape shape = attention_shape(stack_);
 
-    project_qkv(layer);
+    project_qkv(layer, shape, index);
     team_.barrier(Phase::qkv);
-    rotate_and_append(team_, rows_, shape, layer.q_norm, layer.k_norm, stack_.eps, cache_, index,
-                      work_.attention);
-    team_.barrier(Phase::rotate);
     attend_splits(team_, rows_, shape, cache_, index, work_.attention, own_.attend_tile);
     team_.barrier(Phase::attention);
     merge(shape);
@@ -94,25 +91,28 @@ class LayerPass {
     }
   }
 
-  void project_qkv(const Layer& layer) {
+  void project_qkv(const Layer& layer, const AttentionShape& shape, int64_t index) {
     normalise(layer.input_norm);
     const Activations x = own_.activations(own_.input, rows_.n, stack_.hidden,
                                            {layer.q.format, layer.k.format, layer.v.format});
-    const int64_t q_panels = n_panels(layer.q.n);
-    const int64_t kv_panels = n_panels(layer.k.n);
-    const Range range = team_.share(q_panels + 2 * kv_panels);
-    project(layer.q, layer.q_bias, x, range, 0, work_.attention.q);
-    project(layer.k, layer.k_bias, x, range, q_panels, work_.attention.k);
-    project(layer.v, layer.v_bias, x, range, q_panels + kv_panels, work_.attention.v);
+    const Range heads = team_.share(shape.n_heads + shape.n_kv_heads);
+    const Range v_panels = team_.share(n_panels(layer.v.n));
+    const int64_t panels = shape.head_dim / kPanelRows;  // of a head
+    const auto clamp = [&](int64_t head) { return head < shape.n_heads ? head : shape.n_heads; };
+    const Range q_heads = {clamp(heads.begin), clamp(heads.end)};
+    const Range k_heads = {heads.begin - q_heads.begin, heads.end - q_heads.end};
+    project(layer.q, layer.q_bias, {q_heads.begin * panels, q_heads.end * panels}, x,
+            work_.attention.q);
+    project(layer.k, layer.k_bias, {k_heads.begin * panels, k_heads.end * panels}, x,
+            work_.attention.k);
+    project(layer.v, layer.v_bias, v_panels, x, work_.attention.v);
+    rotate_and_append(heads, v_panels, rows_, shape, layer.q_norm, layer.k_norm, stack_.eps, cache_,
+                      index, work_.attention);
   }
 
-  // The part of `range` that falls on a matrix whose panels begin at `first`.
-  void project(const Matrix& matrix, const float* bias, const Activations& x, Range range,
-               int64_t first, float* out) {
-    const int64_t panels = n_panels(matrix.n);
-    const Range mine = {range.begin > first ? range.begin - first : 0,
-                        range.end - first < panels ? range.end - first : panels};
-    product_tiles(matrix, mine, x, rows_.n, own_,
+  void project(const Matrix& matrix, const float* bias, Range panels, const Activations& x,
+               float* out) {
+    product_tiles(matrix, panels, x, rows_.n, own_,
                   [&](int64_t row, int64_t n, int64_t count, const float* values) {
                     float* to = out + row * matrix.n + n;
                     for (int64_t i = 0; i < count; ++i)

@@ -132,8 +132,8 @@ PhaseTime phase_time(Phase phase, bool is_module) {
 }
 
 const char* phase_name(Phase phase) {
-  constexpr const char* names[kPhases] = {"lead",    "qkv",  "rotate", "attention", "output",
-                                          "gate_up", "down", "input",  "head",      "pick"};
+  constexpr const char* names[kPhases] = {"lead", "qkv",   "attention", "output", "gate_up",
+                                          "down", "input", "head",      "pick"};
   return names[static_cast<int>(phase)];
 }
 

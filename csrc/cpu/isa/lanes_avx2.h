@@ -24,6 +24,10 @@ constexpr int max_rows() {
 constexpr int panels_for(int rows) {
   return rows == 1 ? 4 : rows <= 2 ? 2 : 1;
 }
+// Lanes of values that attention sums up together for each of these heads.
+constexpr int value_lanes(int heads) {
+  return heads == 1 ? 4 : heads <= 3 ? 2 : 1;
+}
 
 inline Lanes splat(float x) {
   return {_mm256_set1_ps(x), _mm256_set1_ps(x)};
@@ -74,6 +78,27 @@ inline float sum(Lanes a) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+// Lane i: the sum of a[i], by the same tree as sum(): halves, quarters, pairs, ones.
+inline __m256 sum_each(const Lanes* a) {
+  __m256 quarters[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 low = _mm256_add_ps(a[i].lo, a[i].hi);
+    const __m256 high = _mm256_add_ps(a[i + 4].lo, a[i + 4].hi);
+    quarters[i] = _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
+                                _mm256_permute2f128_ps(low, high, 0x31));
+  }
+  __m256 pairs[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m256 a0 = quarters[2 * i];
+    const __m256 a1 = quarters[2 * i + 1];
+    pairs[i] = _mm256_add_ps(_mm256_shuffle_ps(a0, a1, 0x44), _mm256_shuffle_ps(a0, a1, 0xEE));
+  }
+  return _mm256_add_ps(_mm256_shuffle_ps(pairs[0], pairs[1], 0x88),
+                       _mm256_shuffle_ps(pairs[0], pairs[1], 0xDD));
+}
+inline Lanes sum_each(const Lanes (&a)[16]) {
+  return {sum_each(&a[0]), sum_each(&a[8])};
 }
 inline float max_of(Lanes a) {
   const __m256 eight = _mm256_max_ps(a.lo, a.hi);

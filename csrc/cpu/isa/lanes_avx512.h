@@ -24,6 +24,10 @@ constexpr int max_rows() {
 constexpr int panels_for(int) {
   return 4;
 }
+// Lanes of values that attention sums up together for each of these heads.
+constexpr int value_lanes(int) {
+  return 4;
+}
 
 inline Lanes splat(float x) {
   return {_mm512_set1_ps(x)};
@@ -67,6 +71,28 @@ inline float sum(Lanes a) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+// Lane i: the sum of a[i], by the same tree as sum(): halves, quarters, pairs, ones.
+inline Lanes sum_each(const Lanes (&a)[16]) {
+  // After the first two steps register i holds four numbers each of a[i], a[i + 4], a[i + 8], a[i + 12].
+  __m512 quarters[4];
+  for (int i = 0; i < 4; ++i) {
+    const auto halves = [](__m512 x, __m512 y) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xEE));
+    };
+    const __m512 low = halves(a[i].v, a[i + 4].v);
+    const __m512 high = halves(a[i + 8].v, a[i + 12].v);
+    quarters[i] =
+        _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD));
+  }
+  __m512 pairs[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m512 a0 = quarters[2 * i];
+    const __m512 a1 = quarters[2 * i + 1];
+    pairs[i] = _mm512_add_ps(_mm512_shuffle_ps(a0, a1, 0x44), _mm512_shuffle_ps(a0, a1, 0xEE));
+  }
+  return {_mm512_add_ps(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88),
+                        _mm512_shuffle_ps(pairs[0], pairs[1], 0xDD))};
 }
 inline float max_of(Lanes a) {
   return _mm512_reduce_max_ps(a.v);

@@ -25,6 +25,10 @@ constexpr int max_rows() {
 constexpr int panels_for(int) {
   return 1;
 }
+// Lanes of values that attention sums up together for each of these heads.
+constexpr int value_lanes(int) {
+  return 1;
+}
 
 template <class F>
 inline Lanes each(F f) {
@@ -81,6 +85,10 @@ inline float sum(Lanes a) {
   for (int width = 8; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
   return a.v[0];
+}
+// Lane i: the sum of a[i].
+inline Lanes sum_each(const Lanes (&a)[16]) {
+  return each([&](int i) { return sum(a[i]); });
 }
 inline float max_of(Lanes a) {
   for (int i = 1; i < 16; ++i) a.v[0] = a.v[0] > a.v[i] ? a.v[0] : a.v[i];

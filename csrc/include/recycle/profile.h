@@ -9,8 +9,7 @@ namespace recycle {
 // A phase is what happens between two barriers; it is named at the barrier that ends it.
 enum class Phase : int32_t {
   lead,       // thread 0 decides; embeddings, RoPE's angles
-  qkv,        // norm, q, k and v
-  rotate,     // RoPE, append
+  qkv,        // norm, q, k and v, RoPE, append
   attention,  // scores and weighted values
   output,     // merge of the splits, o
   gate_up,    // norm, gate, up, SwiGLU
@@ -19,7 +18,7 @@ enum class Phase : int32_t {
   head,       // output matrix and running maximum
   pick,       // maximum over the threads, or sampling
 };
-inline constexpr int kPhases = 10;
+inline constexpr int kPhases = 9;
 const char* phase_name(Phase phase);
 
 struct PhaseTime {
