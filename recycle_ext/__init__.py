@@ -43,7 +43,7 @@ def _import_installed_package() -> None:
             f"recycle_ext is not installed: run `{sys.executable} -m pip install .` in {here.parent}"
         )
     installed = Path(spec.origin).parent
-    names = [file.name for file in here.glob("*.py")]
+    names = [str(file.relative_to(here)) for file in here.rglob("*.py")]
     _, changed, missing = filecmp.cmpfiles(here, installed, names, shallow=False)
     if changed or missing:
         print(

@@ -1,0 +1,222 @@
+"""The command line of python -m recycle_ext.bench."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from recycle_ext import _C
+from recycle_ext.bench.contenders import PEERS, Request, check_context, jobs
+from recycle_ext.bench.plot import check_plot, plot
+from recycle_ext.bench.race import Entry, race
+from recycle_ext.bench.report import heading, phase_tables, report, table
+from recycle_ext.checkpoint import Checkpoint, open_checkpoint
+from recycle_ext.decoder import MODES
+from recycle_ext.errors import RecycleError
+from recycle_ext.module_checkpoint import default_module, open_module
+from recycle_ext.packing import DTYPES
+
+INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+WIDTHS = ("native", *DTYPES)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, described by --help."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recycle_ext.bench",
+        description="Measures the modes and widths of a model, and other engines, taking turns in one run.",
+    )
+    parser.add_argument(
+        "--model",
+        help=".gguf file, Hugging Face directory or hub id (default: SmolLM2-135M-Instruct)",
+    )
+    parser.add_argument(
+        "--module", help="directory of a module, or none (default: the one shipped for the model)"
+    )
+    parser.add_argument(
+        "--dtypes",
+        default="bf16,q8,q4",
+        metavar="LIST",
+        help=f"of {', '.join(WIDTHS)}; native: a GGUF's own (default: bf16,q8,q4)",
+    )
+    parser.add_argument(
+        "--modes",
+        metavar="LIST",
+        help=f"of {', '.join(MODES)} (default: all that the model has a module for)",
+    )
+    parser.add_argument(
+        "--drafts", type=int, default=1, metavar="K", help="tokens the module guesses a step"
+    )
+    parser.add_argument(
+        "--threads", metavar="LIST", help="(default: the cores this process may use)"
+    )
+    parser.add_argument(
+        "--batch", default="1", metavar="LIST", help="sequences decoded together (default: 1)"
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=16,
+        metavar="N",
+        help="tokens in the cache before decoding is timed (default: 16)",
+    )
+    parser.add_argument("--new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="length of the prompt whose prefill is timed (default: 512)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="medians are shown (default: 5)"
+    )
+    parser.add_argument(
+        "--peers", default="", metavar="LIST", help=f"other engines: {', '.join(PEERS)}"
+    )
+    parser.add_argument(
+        "--phases", action="store_true", help="also where the time of our decode steps goes"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write everything, raw repeats too")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw a bar chart (needs matplotlib)")
+    return parser.parse_args(arguments)
+
+
+def names(flag: str, text: str, allowed: Sequence[str]) -> list[str]:
+    """A list with commas, each of its names an allowed one, none twice."""
+    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for name in found:
+        if name not in allowed:
+            raise RecycleError(f"{flag} has {name!r}; it must be of {', '.join(allowed)}")
+    return found
+
+
+def numbers(flag: str, text: str, most: int | None = None) -> list[int]:
+    """A list with commas of whole numbers from 1 on, none twice."""
+    bounds = "at least 1" if most is None else f"1 to {most}"
+    found = []
+    for part in text.split(","):
+        if not part.strip().isdecimal():
+            raise RecycleError(f"{flag} is {text!r}; it must be whole numbers with commas between")
+        number = int(part)
+        if number < 1 or (most is not None and number > most):
+            raise RecycleError(f"{flag} has {number}; it must be {bounds}")
+        found.append(number)
+    return list(dict.fromkeys(found))
+
+
+def check_request(options: argparse.Namespace) -> Request:
+    """The options as what they mean; refuses by name what cannot be."""
+    for name in ("context", "new_tokens", "prompt_tokens", "repeats"):
+        if (value := getattr(options, name)) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise RecycleError(f"{flag} is {value}; it must be at least 1")
+    if not 1 <= options.drafts <= _C.MAX_DRAFTS:
+        raise RecycleError(f"--drafts is {options.drafts}; it must be 1 to {_C.MAX_DRAFTS}")
+    modes = list(MODES) if options.modes is None else names("--modes", options.modes, list(MODES))
+    dtypes = names("--dtypes", options.dtypes, WIDTHS)
+    for flag, found in (("--modes", modes), ("--dtypes", dtypes)):
+        if not found:
+            raise RecycleError(f"{flag} is empty")
+    for flag, file in (("--json", options.json), ("--plot", options.plot)):
+        if file is not None and not Path(file).absolute().parent.is_dir():
+            raise RecycleError(f"{flag} {file}: there is no directory {Path(file).parent}")
+    if options.plot is not None:
+        check_plot(options.plot)
+    return Request(
+        dtypes=dtypes,
+        modes=modes,
+        drafts=options.drafts,
+        threads=numbers("--threads", options.threads or str(_C.available_cores()), 256),
+        batches=numbers("--batch", options.batch),
+        context=options.context,
+        new_tokens=options.new_tokens,
+        prompt_tokens=options.prompt_tokens,
+        peers=names("--peers", options.peers, list(PEERS)),
+    )
+
+
+def module_path(given: str | None, base: Checkpoint) -> Path | None:
+    """Directory of the module, opened once so that a wrong one is refused here and not by each worker."""
+    if given == "none":
+        return None
+    path = default_module(base) if given is None else Path(given)
+    if path is not None:
+        open_module(path, base)
+    return path
+
+
+def note(text: str) -> None:
+    """Tells the user what the table will not show."""
+    print(text, file=sys.stderr)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and prints; returns the exit status."""
+    request = check_request(options)
+    checkpoint = open_checkpoint(options.model)
+    module = module_path(options.module, checkpoint)
+    if module is None and request.modes != ["standard"]:
+        if options.modes is not None:
+            raise RecycleError(f"--modes is {options.modes}, which needs a module; there is none")
+        request = request.only_standard()
+    check_context(request, checkpoint.config)
+    if module is None and options.modes is None:
+        note("verify and alternate are left out: there is no module for this model")
+    with tempfile.TemporaryDirectory(prefix="recycle_bench_") as scratch:
+        entries = [Entry(job) for job in jobs(request, checkpoint, module, Path(scratch), note)]
+        finished = race(entries, options.repeats, options.phases)
+    settings = {
+        "model": checkpoint.path,
+        "model_name": checkpoint.config.name,
+        "module": None if module is None else str(module),
+        "context": request.context,
+        "new_tokens": request.new_tokens,
+        "prompt_tokens": request.prompt_tokens,
+        "repeats": options.repeats,
+    }
+    results = report(entries, settings)
+    if results["results"]:
+        show(results, options)
+    if not finished:
+        return INTERRUPTED
+    return 0 if results["results"] else 1
+
+
+def show(results: dict, options: argparse.Namespace) -> None:
+    """Prints the tables, writes the files."""
+    print(f"{heading(results)}\n\n{table(results)}", flush=True)
+    if options.phases:
+        print(f"\n{phase_tables(results)}", flush=True)
+    if options.json is not None:
+        try:
+            Path(options.json).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+        except OSError as error:
+            raise RecycleError(f"--json {options.json}: {error.strerror}") from None
+    if options.plot is not None:
+        plot(results, heading(results), options.plot)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; errors of the user's become one line and exit status 2."""
+    options = parse_arguments(arguments)
+    try:
+        return run(options)
+    except RecycleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has seen enough; keep Python from complaining once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
