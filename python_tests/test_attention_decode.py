@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tolerance import assert_as_good_as
 
 from recycle_ext import _C, reference_ops
 from recycle_ext.config import rope_inv_freq
+from recycle_ext.kv_cache import from_rows, to_rows
+from recycle_ext.reference import rope_tables, rotate
 
 
 def inputs(lengths, rows, n_heads, n_kv_heads, head_dim, capacity, cache_dtype, norms=False):
@@ -68,6 +71,54 @@ def test_it_is_as_exact_as_pytorch(isa, lengths, rows, n_heads, n_kv_heads, head
     assert_as_good_as(ours_in["cache"], native_in["cache"], exact_in["cache"])
 
 
+@pytest.mark.parametrize(
+    ("lengths", "rows", "n_heads", "n_kv_heads", "head_dim"),
+    [([0], 1, 4, 4, 16), ([63], 2, 9, 3, 64), ([130, 0], 3, 8, 2, 80), ([1100], 8, 4, 1, 128)],
+)
+def test_a_cache_in_8_bits(isa, lengths, rows, n_heads, n_kv_heads, head_dim):
+    capacity = max(lengths) + rows
+    given = inputs(lengths, rows, n_heads, n_kv_heads, head_dim, capacity, torch.float32)
+    exact_in = cast(given, torch.float64, torch.float64) | {"inv_freq": given["inv_freq"]}
+    ours_in = cast(given, torch.float32, torch.float32)
+    ours_in["cache"] = to_rows(ours_in["cache"], torch.int8)
+    ours = torch.ops.recycle.attention_decode(**ours_in)
+    # What it wrote is k and v to half a step of 1/127 of each row's largest value, what stood there is
+    # left alone,
+    reference_ops.attention_decode(**exact_in)
+    written = from_rows(ours_in["cache"], torch.float64)
+    largest = exact_in["cache"].abs().amax(-1, keepdim=True)
+    assert ((written - exact_in["cache"]).abs() <= largest / 127 * 0.5001).all()
+    # and attention to what it wrote is as exact as PyTorch's.
+    read = exact_in | {"cache": written.clone()}
+    exact = attend_only(read, torch.float64)
+    native = attend_only(read, torch.float32)
+    assert_as_good_as(ours, native, exact)
+
+
+def attend_only(arguments, dtype):
+    """Attention to a cache that holds the new rows already."""
+    out = torch.empty_like(arguments["q"], dtype=dtype)
+    rows = out.shape[1]
+    for b, length in enumerate(arguments["lengths"].tolist()):
+        positions = torch.arange(length, length + rows)
+        cos, sin = rope_tables(arguments["inv_freq"], positions)
+        q = rotate(arguments["q"][b].to(dtype).transpose(0, 1), cos.to(dtype), sin.to(dtype))
+        seen = arguments["cache"][:, b, :, : length + rows].to(dtype)
+        mask = torch.arange(length + rows)[None, :] <= positions[:, None]
+        attended = F.scaled_dot_product_attention(
+            q[None], seen[0][None], seen[1][None], mask, enable_gqa=True
+        )
+        out[b] = attended[0].transpose(0, 1)
+    return out
+
+
+def test_a_value_that_is_not_finite_shows_in_8_bits_too(isa):
+    given = cast(inputs([3], 1, 2, 1, 16, 8, torch.float32), torch.float32, torch.float32)
+    given["cache"] = to_rows(given["cache"], torch.int8)
+    given["v"][0, 0, 0, 5] = torch.nan
+    assert torch.ops.recycle.attention_decode(**given).isnan().all()
+
+
 def test_q_and_k_are_normed_first_where_the_model_does(isa):
     given = inputs([20, 3], 2, 4, 2, 32, 40, torch.float32, norms=True)
     exact = reference_ops.attention_decode(
@@ -82,11 +133,12 @@ def test_q_and_k_are_normed_first_where_the_model_does(isa):
     assert not torch.allclose(ours, without, atol=1e-2)
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_a_rows_bits_do_not_depend_on_its_company(isa, cache_dtype):
     """One row at a time, all at once, in a batch, with other numbers of threads: the same bits."""
     rows, length = 8, 190
-    given = inputs([length, 17], rows, 9, 3, 64, 210, cache_dtype)
+    given = inputs([length, 17], rows, 9, 3, 64, 210, torch.float32)
+    given["cache"] = to_rows(given["cache"], cache_dtype)
     together = torch.ops.recycle.attention_decode(**cast(given, torch.float32, cache_dtype))
     for threads in (1, 2, 3):
         _C.set_n_threads(threads)

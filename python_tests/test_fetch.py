@@ -114,7 +114,10 @@ def test_a_wrong_checksum_is_refused(cache, monkeypatch):
         ("sys.exit('ERROR: No matching distribution found')", "failed: No matching distribution"),
         ("sys.exit(1)", "failed: no reason given"),
         ("pass", "failed: no reason given"),
-        ("pathlib.Path(destination, 'x.whl').write_bytes(b'PK, or not')", "x.whl, as downloaded, is"),
+        (
+            "pathlib.Path(destination, 'x.whl').write_bytes(b'PK, or not')",
+            "x.whl, as downloaded, is",
+        ),
     ],
 )
 def test_a_failing_pip_is_reported(cache, tmp_path, monkeypatch, action, message):

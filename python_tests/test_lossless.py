@@ -13,6 +13,7 @@ from models import ARCHITECTURES, write_base, write_module
 
 from recycle_ext import _C
 from recycle_ext.decoder import Decoder
+from recycle_ext.kv_cache import CACHE_DTYPES
 from recycle_ext.packing import DTYPES, PackedModel, pack_model
 
 NEW_TOKENS = 40
@@ -57,7 +58,7 @@ def decode(packed, mode, drafts, prompts, cache_dtype) -> tuple[list[list[int]],
     ),
     drafts=st.integers(1, 4),
     threads=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    cache_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    cache_dtype=st.sampled_from(list(CACHE_DTYPES.values())),
 )
 def test_verify_is_standard(
     architecture, seed, dtype, draft_vocab, prompts, drafts, threads, cache_dtype

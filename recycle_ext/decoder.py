@@ -10,6 +10,7 @@ from torch import Tensor
 
 from recycle_ext import _C
 from recycle_ext.errors import RecycleError
+from recycle_ext.kv_cache import CACHE_DTYPES, row_elements
 from recycle_ext.packing import PackedModel
 
 MODES = {"standard": 0, "verify": 1, "alternate": 2}
@@ -19,7 +20,8 @@ class Decoder:
     """Decodes a batch of sequences with one set of weights.
 
     All state is in tensors, which the ops write to: base_cache and module_cache [layers, 2, batch,
-    n_kv_heads, capacity, head_dim] of ``cache_dtype``, pending [batch, drafts + 1] int64, lengths [batch]
+    n_kv_heads, capacity, head_dim] of ``cache_dtype`` (float32, bfloat16 or int8; head_dim + 4 in int8,
+    where the row's scale follows), pending [batch, drafts + 1] int64, lengths [batch]
     int64 (positions in the caches).
 
     model: from ``packing.pack_model``. mode: "standard" (no module), "verify" (a draft counts if the base
@@ -59,6 +61,10 @@ class Decoder:
             seeds = range(batch)
         if batch < 1 or len(seeds) != batch:
             raise RecycleError(f"batch is {batch} and there are {len(seeds)} seeds")
+        if cache_dtype not in CACHE_DTYPES.values():
+            raise RecycleError(
+                f"cache_dtype is {cache_dtype}; it must be float32, bfloat16 or int8"
+            )
         if not 0 <= temperature < math.inf:
             raise RecycleError(
                 f"temperature is {temperature}; it must be 0 (greedy) or a positive number"
@@ -77,7 +83,8 @@ class Decoder:
         rows = capacity + _C.positions_needed(self.drafts)
 
         def cache(config) -> Tensor:
-            shape = (config.n_layers, 2, batch, config.n_kv_heads, rows, config.head_dim)
+            size = row_elements(cache_dtype, config.head_dim)
+            shape = (config.n_layers, 2, batch, config.n_kv_heads, rows, size)
             return torch.zeros(shape, dtype=cache_dtype)
 
         def integers(*shape: int) -> Tensor:

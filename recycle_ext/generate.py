@@ -12,6 +12,7 @@ from recycle_ext import _C
 from recycle_ext.decoder import MODES
 from recycle_ext.errors import RecycleError
 from recycle_ext.generation import Generation, Statistics, generate, load
+from recycle_ext.kv_cache import CACHE_DTYPES
 from recycle_ext.packing import DTYPES
 
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
@@ -53,6 +54,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--dtype", choices=DTYPES, help="weights in memory (default: a GGUF's own, else bf16)"
+    )
+    parser.add_argument(
+        "--cache-dtype",
+        choices=CACHE_DTYPES,
+        help="keys and values (default: f32 for a float32 model, else bf16)",
     )
     parser.add_argument("--threads", type=int, help="default: the cores this process may use")
     parser.add_argument(
@@ -132,6 +138,7 @@ def run(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         seed=options.seed,
         chat=options.chat,
+        cache_dtype=options.cache_dtype,
     )
     status = 0
     try:

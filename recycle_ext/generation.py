@@ -14,6 +14,7 @@ from recycle_ext import _C
 from recycle_ext.checkpoint import Checkpoint, open_checkpoint
 from recycle_ext.decoder import Decoder
 from recycle_ext.errors import RecycleError
+from recycle_ext.kv_cache import CACHE_DTYPES
 from recycle_ext.module_checkpoint import default_module, open_module
 from recycle_ext.packing import PackedModel, pack_model
 from recycle_ext.tokenizer import Tokenizer
@@ -197,6 +198,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     chat: bool = False,
+    cache_dtype: str | None = None,
 ) -> Generation:
     """Continues a prompt; yields pieces of text as they are certain.
 
@@ -204,12 +206,16 @@ def generate(
     the module guessed right; the text is the base model's own) or "alternate" (the module's tokens
     always count); None: verify if the model has a module. drafts: tokens the module guesses a step, 1 to 4.
     temperature 0 takes the most likely token; top_k 0 and top_p 1 cut nothing. chat: the prompt is a
-    user's message, put in the model's chat template. Ends at the model's end tokens, after
+    user's message, put in the model's chat template. cache_dtype: of keys and values, "f32", "bf16" or "q8"
+    (half the bytes of bf16, a little less exact); None: f32 for a float32 model, else bf16. Ends at the model's end tokens, after
     ``max_new_tokens``, or where the model's context ends.
 
     Raises RecycleError for arguments out of range and for a prompt longer than the context.
     """
     mode = mode or model.default_mode
+    if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
+        names = ", ".join(CACHE_DTYPES)
+        raise RecycleError(f"cache_dtype is {cache_dtype!r}; it must be one of {names}")
     if max_new_tokens < 1:
         raise RecycleError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if isinstance(prompt, str):
@@ -238,7 +244,7 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             seeds=[seed],
-            cache_dtype=model.cache_dtype,
+            cache_dtype=CACHE_DTYPES[cache_dtype] if cache_dtype else model.cache_dtype,
         )
     except RuntimeError as error:  # torch's allocator
         raise RecycleError(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recycle_ext.kv_cache import from_rows, to_rows
 from recycle_ext.reference import BaseModel, KvCache, RecyclableModule, rope_tables, rotate
 
 
@@ -34,7 +35,8 @@ def attention_decode(
     """RoPE, append to the cache and attention.
 
     q [B, rows, n_heads, head_dim], k and v [B, rows, n_kv_heads, head_dim]: new rows of each sequence at
-    positions lengths[b]..; cache [2, B, n_kv_heads, capacity, head_dim] is written to. -> as q.
+    positions lengths[b]..; cache [2, B, n_kv_heads, capacity, head_dim] is written to; in int8
+    it has head_dim + 4 (kv_cache.py). -> as q.
     """
     out = torch.empty_like(q)
     rows = q.shape[1]
@@ -43,9 +45,9 @@ def attention_decode(
         cos, sin = rope_tables(inv_freq, positions)
         queries = rotate(rms_norm(q[b], q_norm, eps).transpose(0, 1), cos, sin)
         keys = rotate(rms_norm(k[b], k_norm, eps).transpose(0, 1), cos, sin)
-        cache[0, b, :, length : length + rows] = keys.to(cache.dtype)
-        cache[1, b, :, length : length + rows] = v[b].transpose(0, 1).to(cache.dtype)
-        seen = cache[:, b, :, : length + rows].to(q.dtype)
+        cache[0, b, :, length : length + rows] = to_rows(keys, cache.dtype)
+        cache[1, b, :, length : length + rows] = to_rows(v[b].transpose(0, 1), cache.dtype)
+        seen = from_rows(cache[:, b, :, : length + rows], q.dtype)
         mask = torch.arange(length + rows)[None, :] <= positions[:, None]
         attended = F.scaled_dot_product_attention(
             queries[None], seen[0][None], seen[1][None], mask, enable_gqa=True

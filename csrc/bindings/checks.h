@@ -37,6 +37,8 @@ inline const char* name_of(ScalarType type) {
       return "int64";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Char:
+      return "int8";
     case ScalarType::Half:
       return "float16";
     case ScalarType::Double:

@@ -25,9 +25,16 @@ namespace {
 
 CacheType cache_type(const char* op, const char* name, const Tensor& cache) {
   const ScalarType type = cache.scalar_type();
-  if (type != ScalarType::Float && type != ScalarType::BFloat16)
-    fail(op, name, " is ", name_of(type), "; it must be float32 or bfloat16");
-  return type == ScalarType::Float ? CacheType::f32 : CacheType::bf16;
+  if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Char)
+    fail(op, name, " is ", name_of(type), "; it must be float32, bfloat16 or int8");
+  return type == ScalarType::Float      ? CacheType::f32
+         : type == ScalarType::BFloat16 ? CacheType::bf16
+                                        : CacheType::q8;
+}
+
+// Elements of a row: an int8 one carries its scale.
+int64_t row_elements(CacheType type, int64_t head_dim) {
+  return type == CacheType::q8 ? head_dim + kScaleBytes : head_dim;
 }
 
 Sampling check_sampling(const char* op, double temperature, int64_t top_k, double top_p,
@@ -73,8 +80,9 @@ Tensor attention_decode(const Tensor& q, const Tensor& k, const Tensor& v, const
   if (params.head_dim % kPanelRows != 0 || params.head_dim > 256 || params.head_dim < kPanelRows)
     fail(op, "q has head_dim ", params.head_dim, "; it must be a multiple of 16, at most 256");
   params.cache.type = cache_type(op, "cache", cache);
-  check(op, "cache", cache, cache.scalar_type(),
-        {2, params.batch, params.n_kv_heads, kAny, params.head_dim});
+  check(
+      op, "cache", cache, cache.scalar_type(),
+      {2, params.batch, params.n_kv_heads, kAny, row_elements(params.cache.type, params.head_dim)});
   params.cache.data = data<std::byte>(cache);
   params.cache.n_sequences = params.batch;
   params.cache.n_kv_heads = params.n_kv_heads;
@@ -163,8 +171,9 @@ KvCache check_cache(const char* op, const char* name, const Tensor& cache, const
                     int64_t batch) {
   KvCache view;
   view.type = cache_type(op, name, cache);
-  check(op, name, cache, cache.scalar_type(),
-        {stack.n_layers, 2, batch, stack.n_kv_heads, kAny, stack.head_dim});
+  check(
+      op, name, cache, cache.scalar_type(),
+      {stack.n_layers, 2, batch, stack.n_kv_heads, kAny, row_elements(view.type, stack.head_dim)});
   view.data = data<std::byte>(cache);
   view.n_sequences = batch;
   view.n_kv_heads = stack.n_kv_heads;
@@ -293,7 +302,8 @@ void prefill(const Tensor& weights, const Tensor& plan, const Tensor& base_cache
 // torch's functionalization passes arguments by name to a function that has a `mode` of its own.
 STABLE_TORCH_LIBRARY(recycle, m) {
   // RoPE (and Qwen3's norms of q and k), append to the cache, grouped-query attention: float32 q, k, v of
-  // n_rows new rows a sequence, at positions lengths[b]..; cache [2, B, n_kv_heads, capacity, head_dim].
+  // n_rows new rows a sequence, at positions lengths[b]..; cache [2, B, n_kv_heads, capacity, head_dim], or
+  // head_dim + 4 in int8 (kv_cache.h).
   m.def(
       "attention_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) cache, Tensor lengths, "
       "Tensor inv_freq, Tensor? q_norm=None, Tensor? k_norm=None, float eps=1e-5) -> Tensor");

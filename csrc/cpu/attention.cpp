@@ -38,17 +38,38 @@ uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-// Elements [first, first + count) of one head at one position; `positions` is the head's part of the cache.
-void write_cache(const float* values, int64_t count, const KvCache& cache, std::byte* positions,
+// A row in 8 bits, each value rounded to nearest even. The scale tells if one wasn't finite: bytes can't.
+void write_q8(const float* values, int64_t count, std::byte* row) {
+  float largest = 0;
+  float poison = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float size = std::fabs(values[i]);
+    largest = size > largest ? size : largest;
+    poison += values[i] * 0.0f;
+  }
+  // Below, the row is nothing, and dividing by it would overflow.
+  const bool counts = largest > 1e-30f;
+  const float up = counts ? 127 / largest : 0.0f;
+  const float scale = (counts ? largest / 127 : 0.0f) + poison;
+  constexpr float kShift = 0x1.8p23f;  // adding it leaves no bits for fractions
+  for (int64_t i = 0; i < count; ++i)
+    row[i] = static_cast<std::byte>(static_cast<int32_t>((values[i] * up + kShift) - kShift));
+  std::memcpy(row + count, &scale, kScaleBytes);
+}
+
+// Elements [first, first + count) of one head at one position, all of them in 8 bits; `head` is the head's
+// part of the cache.
+void write_cache(const float* values, int64_t count, const KvCache& cache, std::byte* head,
                  int64_t position, int64_t first) {
-  std::byte* at = positions + (position * cache.head_dim + first) * cache.element_bytes();
+  std::byte* row = head + position * cache.row_bytes();
+  if (cache.type == CacheType::q8) return write_q8(values, count, row);
   if (cache.type == CacheType::f32) {
-    std::memcpy(at, values, count * sizeof(float));
+    std::memcpy(row + first * 4, values, count * sizeof(float));
     return;
   }
   for (int64_t i = 0; i < count; ++i) {
     const uint16_t value = to_bf16(values[i]);
-    std::memcpy(at + i * 2, &value, 2);
+    std::memcpy(row + (first + i) * 2, &value, 2);
   }
 }
 
@@ -90,6 +111,13 @@ void rope_tables(const Team& team, const Rows& rows, const float* inv_freq, int6
   }
 }
 
+Range share_v(const Team& team, const AttentionShape& shape, CacheType type) {
+  const int64_t panels = shape.head_dim / kPanelRows;
+  if (type != CacheType::q8) return team.share(shape.n_kv_heads * panels);
+  const Range heads = team.share(shape.n_kv_heads);
+  return {heads.begin * panels, heads.end * panels};
+}
+
 void rotate_and_append(Range heads, Range v_panels, const Rows& rows, const AttentionShape& shape,
                        const float* q_norm, const float* k_norm, float eps, const KvCache& cache,
                        int64_t layer, AttentionWork& work) {
@@ -115,11 +143,10 @@ void rotate_and_append(Range heads, Range v_panels, const Rows& rows, const Atte
         write_cache(rotated(k + kv_head * head_dim, k_norm, row), head_dim, cache,
                     cache.head(layer, 0, segment.sequence, kv_head), position, 0);
       }
-      for (int64_t panel = v_panels.begin; panel < v_panels.end; ++panel) {
-        const int64_t at = panel * kPanelRows;
-        write_cache(v + at, kPanelRows, cache,
-                    cache.head(layer, 1, segment.sequence, at / head_dim), position, at % head_dim);
-      }
+      const int64_t step = cache.type == CacheType::q8 ? head_dim : kPanelRows;
+      for (int64_t at = v_panels.begin * kPanelRows; at < v_panels.end * kPanelRows; at += step)
+        write_cache(v + at, step, cache, cache.head(layer, 1, segment.sequence, at / head_dim),
+                    position, at % head_dim);
     }
   }
 }
@@ -206,8 +233,8 @@ void run(const Team& team, void* context) {
   rope_tables(team, call.rows, params.inv_freq, params.head_dim, call.work);
   team.barrier(Phase::lead);
   rotate_and_append(team.share(call.shape.n_heads + call.shape.n_kv_heads),
-                    team.share(kv_size / kPanelRows), call.rows, call.shape, params.q_norm,
-                    params.k_norm, params.eps, params.cache, 0, call.work);
+                    share_v(team, call.shape, params.cache.type), call.rows, call.shape,
+                    params.q_norm, params.k_norm, params.eps, params.cache, 0, call.work);
   team.barrier(Phase::qkv);
   attend_splits(team, call.rows, call.shape, params.cache, 0, call.work,
                 call.tiles + team.thread * attend_tile_floats(params.head_dim));

@@ -33,6 +33,9 @@ struct AttentionWork {
 void rope_tables(const Team& team, const Rows& rows, const float* inv_freq, int64_t head_dim,
                  AttentionWork& work);
 
+// This thread's panels of v. A cache in 8 bits is written a whole head at a time, for the head's scale.
+Range share_v(const Team& team, const AttentionShape& shape, CacheType type);
+
 // Norms (where there are any) and rotates q and k of these heads (k's count on from q's), and writes
 // their k, and these panels of v, to the cache. Who computed them can do so without a barrier.
 void rotate_and_append(Range heads, Range v_panels, const Rows& rows, const AttentionShape& shape,

@@ -96,7 +96,7 @@ class LayerPass {
     const Activations x = own_.activations(own_.input, rows_.n, stack_.hidden,
                                            {layer.q.format, layer.k.format, layer.v.format});
     const Range heads = team_.share(shape.n_heads + shape.n_kv_heads);
-    const Range v_panels = team_.share(n_panels(layer.v.n));
+    const Range v_panels = share_v(team_, shape, cache_.type);
     const int64_t panels = shape.head_dim / kPanelRows;  // of a head
     const auto clamp = [&](int64_t head) { return head < shape.n_heads ? head : shape.n_heads; };
     const Range q_heads = {clamp(heads.begin), clamp(heads.end)};

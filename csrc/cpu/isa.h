@@ -32,7 +32,7 @@ struct AttendTask {
   int64_t ld_q = 0;
   int64_t n_rows = 0, group = 0, head_dim = 0;
   int64_t first_position = 0;       // of row 0; row r sees positions 0 .. first_position + r
-  const std::byte* keys = nullptr;  // [capacity, head_dim]
+  const std::byte* keys = nullptr;  // [capacity, row], see kv_cache.h
   const std::byte* values = nullptr;
   CacheType type = CacheType::f32;
   int64_t split = 0;

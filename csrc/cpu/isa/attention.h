@@ -4,7 +4,7 @@
 //   bfloat16  ->  weighted values, total weight and maximum of each (row, head), for one split
 //
 // Online softmax (Milakov and Gimelshein 2018) over chunks of 64 positions; splits are merged afterwards
-// (Flash-Decoding). Bounded by the cache's bytes for one row once the context is long. A bfloat16 chunk is
+// (Flash-Decoding). Bounded by the cache's bytes for one row once the context is long. A chunk in fewer bits is
 // widened once for all heads and rows of the group. Scores are made 16 positions at a time, because 16
 // horizontal sums together cost a third of 16 alone; weighted values for all heads of a group at once,
 // because one head's four sums would wait for their own additions.
@@ -15,9 +15,20 @@
 namespace recycle::RECYCLE_ISA {
 namespace {
 
-const float* widen(const std::byte* rows, CacheType type, int64_t count, float* tile) {
+const float* widen(const std::byte* rows, CacheType type, int64_t count, int64_t head_dim,
+                   float* tile) {
   if (type == CacheType::f32) return reinterpret_cast<const float*>(rows);
-  for (int64_t i = 0; i < count; i += 16) store(tile + i, load_bf16(rows + i * 2));
+  if (type == CacheType::bf16) {
+    for (int64_t i = 0; i < count * head_dim; i += 16) store(tile + i, load_bf16(rows + i * 2));
+    return tile;
+  }
+  for (int64_t p = 0; p < count; ++p) {
+    const std::byte* row = rows + p * (head_dim + kScaleBytes);
+    float scale;
+    __builtin_memcpy(&scale, row + head_dim, kScaleBytes);
+    for (int64_t i = 0; i < head_dim; i += 16)
+      store(tile + p * head_dim + i, mul(load_int8(row + i), splat(scale)));
+  }
   return tile;
 }
 
@@ -94,7 +105,7 @@ inline float soften(const float* q, const float* keys, int64_t length, int64_t h
 void attend(const AttendTask& task) {
   constexpr int64_t kHeads = 4;  // that share a load of the values
   const int64_t head_dim = task.head_dim;
-  const int64_t row_bytes = head_dim * (task.type == CacheType::f32 ? 4 : 2);
+  const int64_t row_bytes = cache_row_bytes(task.type, head_dim);
   const int64_t end = task.first_position + task.n_rows;  // positions the last row sees
   float* key_tile = task.tile;
   float* value_tile = task.tile + kChunk * head_dim;
@@ -112,9 +123,9 @@ void attend(const AttendTask& task) {
 
   for (int64_t begin = task.split * kChunk; begin < end; begin += kSplits * kChunk) {
     const int64_t count = end - begin < kChunk ? end - begin : kChunk;
-    const float* keys = widen(task.keys + begin * row_bytes, task.type, count * head_dim, key_tile);
+    const float* keys = widen(task.keys + begin * row_bytes, task.type, count, head_dim, key_tile);
     const float* values =
-        widen(task.values + begin * row_bytes, task.type, count * head_dim, value_tile);
+        widen(task.values + begin * row_bytes, task.type, count, head_dim, value_tile);
     for (int64_t r = 0; r < task.n_rows; ++r) {
       const int64_t seen = task.first_position + r + 1 - begin;
       const int64_t length = seen < count ? seen : count;

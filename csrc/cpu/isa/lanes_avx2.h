@@ -121,6 +121,11 @@ inline Lanes load_bf16(const std::byte* p) {
 inline Lanes load_f16(const std::byte* p) {
   return {_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 16))};
 }
+inline Lanes load_int8(const std::byte* p) {
+  const __m128i bytes = load_128(p);
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
+}
 inline Raw load_raw(const std::byte* p) {
   return {load_256(p), load_256(p + 32)};
 }

@@ -107,6 +107,10 @@ inline Lanes load_bf16(const std::byte* p) {
 inline Lanes load_f16(const std::byte* p) {
   return {_mm512_cvtph_ps(load_256(p))};
 }
+inline Lanes load_int8(const std::byte* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
 inline Raw load_raw(const std::byte* p) {
   return {_mm512_loadu_si512(p)};
 }

@@ -105,6 +105,11 @@ inline Lanes load_f16(const std::byte* p) {
   std::memcpy(raw, p, sizeof raw);
   return each([&](int i) { return half_to_float(raw[i]); });
 }
+inline Lanes load_int8(const std::byte* p) {
+  int8_t raw[16];
+  std::memcpy(raw, p, sizeof raw);
+  return each([&](int i) { return static_cast<float>(raw[i]); });
+}
 inline Raw load_raw(const std::byte* p) {
   Raw out;
   std::memcpy(out.v, p, sizeof out.v);

@@ -20,7 +20,7 @@ struct AttentionParams {
   const float* q_norm = nullptr;     // [head_dim] or null (Qwen3)
   const float* k_norm = nullptr;
   float eps = 0;
-  KvCache cache;                 // one layer: [1, 2, batch, n_kv_heads, capacity, head_dim]
+  KvCache cache;                 // one layer: [1, 2, batch, n_kv_heads, capacity, row]
   float* out = nullptr;          // [batch, n_rows, n_heads, head_dim]
   std::byte* scratch = nullptr;  // attention_scratch_bytes()
 };

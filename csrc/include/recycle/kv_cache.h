@@ -1,4 +1,6 @@
-// A key/value cache: [layer, k/v, sequence, head, position, head_dim], contiguous, owned by the caller.
+// A key/value cache: [layer, k/v, sequence, head, position, row], contiguous, owned by the caller. A row is
+// head_dim floats or bfloat16s; or head_dim signed bytes and then their scale, a float32: value = byte *
+// scale, the largest of a row being 127.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +8,15 @@
 
 namespace recycle {
 
-enum class CacheType : int32_t { f32 = 0, bf16 = 1 };
+enum class CacheType : int32_t { f32 = 0, bf16 = 1, q8 = 2 };
+
+inline constexpr int64_t kScaleBytes = 4;
+
+constexpr int64_t cache_row_bytes(CacheType type, int64_t head_dim) {
+  return type == CacheType::f32    ? head_dim * 4
+         : type == CacheType::bf16 ? head_dim * 2
+                                   : head_dim + kScaleBytes;
+}
 
 struct KvCache {
   std::byte* data = nullptr;
@@ -16,11 +26,11 @@ struct KvCache {
   int64_t capacity = 0;  // positions
   int64_t head_dim = 0;
 
-  int64_t element_bytes() const { return type == CacheType::f32 ? 4 : 2; }
-  // The first position of one head: [capacity, head_dim]. kv: 0 keys, 1 values.
+  int64_t row_bytes() const { return cache_row_bytes(type, head_dim); }
+  // The first position of one head: [capacity, row]. kv: 0 keys, 1 values.
   std::byte* head(int64_t layer, int64_t kv, int64_t sequence, int64_t kv_head) const {
     const int64_t index = ((layer * 2 + kv) * n_sequences + sequence) * n_kv_heads + kv_head;
-    return data + index * capacity * head_dim * element_bytes();
+    return data + index * capacity * row_bytes();
   }
 };
 
