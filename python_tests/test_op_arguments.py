@@ -56,7 +56,11 @@ def test_good_arguments_work(step):
         ("plan", lambda t: t * 0, "not a plan"),
         ("plan", lambda t: t.int(), "plan is int32; it must be int64"),
         ("base_cache", lambda t: t[:1], r"base_cache has shape \[1, 2, 2, 2, 34, 16\]; it must be"),
-        ("base_cache", lambda t: t.double(), "base_cache is float64; it must be float32 or bfloat"),
+        (
+            "base_cache",
+            lambda t: t.double(),
+            "base_cache is float64; it must be float32, bfloat16 or int8",
+        ),
         ("base_cache", lambda t: t.transpose(3, 4), "base_cache has shape"),
         ("base_cache", lambda t: t[:, :, :, :, ::2], "base_cache must be contiguous"),
         ("module_cache", lambda t: t[:, :, :1], "module_cache has shape"),
