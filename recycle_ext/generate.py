@@ -60,7 +60,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         choices=CACHE_DTYPES,
         help="keys and values (default: f32 for a float32 model, else bf16)",
     )
-    parser.add_argument("--threads", type=int, help="default: the cores this process may use")
+    parser.add_argument(
+        "--threads", type=int, help="default, and at most: the cores this process may use"
+    )
     parser.add_argument(
         "--chat", action="store_true", help="the prompt is a message: use the model's chat template"
     )

@@ -46,15 +46,15 @@ def load(
     model: a .gguf file, a Hugging Face directory or a hub id; None: SmolLM2-135M-Instruct, which is fetched
     (93 MB) the first time. module: the directory of a recyclable module; None: the one shipped for this
     model, if there is one; "none": no module. dtype: "f32", "bf16", "q8" or "q4"; None: a GGUF file's own
-    formats, bf16 for a Hugging Face directory. threads: for the kernels, in the whole process; None: as
-    many as this process has cores.
+    formats, bf16 for a Hugging Face directory. threads: for the kernels, in the whole process; None, or more
+    than this process has cores: one a core, because more would only wait for each other.
 
     Raises RecycleError for files that are missing, damaged, foreign or don't fit together.
     """
     if threads is not None:
         if not 1 <= threads <= 256:
             raise RecycleError(f"threads is {threads}; it must be 1 to 256")
-        _C.set_n_threads(threads)
+        _C.set_n_threads(min(threads, _C.available_cores()))
     base = open_checkpoint(model)
     if module is None:
         module = default_module(base)

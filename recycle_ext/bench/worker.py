@@ -112,7 +112,7 @@ def _serve(requests: TextIO, answers: TextIO) -> None:
         decoded = system.decode(job.new_tokens)
         # The first time, before the probe takes a buffer as large as the model.
         peak = peak or peak_memory_bytes()
-        _C.set_n_threads(job.contender.threads)
+        _C.set_n_threads(min(job.contender.threads, _C.available_cores()))
         bandwidth = _C.read_bandwidth(system.weight_bytes, _PROBE_REPEATS)
         answer(
             {
