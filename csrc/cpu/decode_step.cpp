@@ -71,7 +71,8 @@ class Step {
     run_base();
     if (leads()) lead_head_rows();
     team_.barrier(Phase::lead);
-    run_head(model_.base.head, work_.hidden, nullptr, 0);
+    run_head(model_.base.head, work_.hidden, nullptr, 0, n_head_rows(),
+             state_.drafts > 0 ? first_of_module() : first_of_base());
     if (leads()) lead_choice(tokens, counts);
     team_.barrier(Phase::lead);
     if (failed()) return;
@@ -95,7 +96,7 @@ class Step {
       team_.barrier(Phase::lead);
       run_base();
       if (is_last) {
-        run_head(model_.base.head, work_.hidden, nullptr, 0, 1);
+        run_head(model_.base.head, work_.hidden, nullptr, 0, 1, first_of_base());
         if (leads()) lead_first_token(sequence, n_prompt);
         team_.barrier(Phase::lead);
         if (failed()) return;
@@ -131,7 +132,8 @@ class Step {
     rope_tables(team_, work_.rows, base.stack.inv_freq, base.stack.head_dim,
                 work_.forward.attention);
     team_.barrier(Phase::lead);
-    forward(team_, base.stack, state_.base_cache, work_.rows, work_.forward);
+    forward(team_, base.stack, state_.base_cache, work_.rows, first_weights(team_, base.head),
+            work_.forward);
     for (int64_t row = own.begin; row < own.end; ++row)
       kernels().rms_norm(work_.forward.x + row * hidden, base.final_norm, base.stack.eps, hidden,
                          work_.hidden + row * hidden);
@@ -158,6 +160,7 @@ class Step {
     product_tiles(matrix, team_.share(n_panels(matrix.n)),
                   own_work.activations(work_.pair, work_.rows.n, matrix.k, {matrix.format}),
                   work_.rows.n, own_work,
+                  first_weights(team_, module.stack, state_.module_cache.type),
                   [&](int64_t row, int64_t n, int64_t count, const float* values) {
                     const float* bias = module.input_bias;
                     float* to = work_.forward.x + row * hidden + n;
@@ -165,7 +168,8 @@ class Step {
                       to[i] = bias != nullptr ? values[i] + bias[n + i] : values[i];
                   });
     team_.barrier(Phase::input);
-    forward(team_, module.stack, state_.module_cache, work_.rows, work_.forward);
+    forward(team_, module.stack, state_.module_cache, work_.rows,
+            first_weights(team_, module.head), work_.forward);
     team_.in_module = false;
   }
 
@@ -187,9 +191,19 @@ class Step {
       kernels().rms_norm(state, module.hidden_norm, eps, hidden, state);
   }
 
-  // The head over the states at work.source[0..count): work.picks, and sampled the distributions.
+  // What this thread reads first in run_base() and run_module().
+  const std::byte* first_of_base() const {
+    return first_weights(team_, model_.base.stack, state_.base_cache.type);
+  }
+  const std::byte* first_of_module() const {
+    const Matrix& matrix = model_.module.input_proj;
+    return matrix.panel(team_.share(n_panels(matrix.n)).begin);
+  }
+
+  // The head over the states at work.source[0..count): work.picks, and sampled the distributions. then: what
+  // this thread reads next.
   void run_head(const Matrix& head, const float* states, const float* norm, float eps,
-                int64_t count) {
+                int64_t count, const std::byte* then) {
     const ThreadWork& own = work_.forward.threads[team_.thread];
     for (int64_t row = 0; row < count; ++row) {
       const float* state = states + work_.source[row] * head.k;
@@ -199,7 +213,7 @@ class Step {
       else
         std::memcpy(to, state, head.k * sizeof(float));
     }
-    scan_head(team_, head, own.input, count, greedy(), false, own, work_.head);
+    scan_head(team_, head, own.input, count, greedy(), false, own, then, work_.head);
     team_.barrier(Phase::head);
     const Range rows = team_.share(count);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -215,10 +229,6 @@ class Step {
     team_.barrier(Phase::pick);
   }
 
-  void run_head(const Matrix& head, const float* states, const float* norm, float eps) {
-    run_head(head, states, norm, eps, n_head_rows());
-  }
-
   // The module has run over the confirmed rows of each sequence: its guess after the last of them is the
   // first draft. Each further draft comes from the module's own output in the place of h.
   void run_drafts() {
@@ -232,7 +242,8 @@ class Step {
       team_.barrier(Phase::lead);
       team_.in_module = true;
       run_head(module.head, work_.forward.x, module.output_norm, module.stack.eps,
-               work_.rows.n_segments);
+               work_.rows.n_segments,
+               draft + 1 < state_.drafts ? first_of_module() : first_of_base());
       team_.in_module = false;
       if (leads()) lead_draft(draft);
       team_.barrier(Phase::lead);

@@ -10,6 +10,8 @@
 // can rotate what it computed, and else panels of outputs, so that no two of them add to the same
 // number. What comes before a product (norms, the merge) each thread does for itself: 600
 // multiplications cost less than one more barrier.
+// Each product is told what its thread reads after the next barrier, so that memory has work while threads
+// wait, merge and normalise.
 // Every output of a row is computed by the same operations in the same order whatever the number of rows
 // and threads.
 #include "forward.h"
@@ -48,35 +50,61 @@ Activations ThreadWork::activations(const float* x, int64_t rows, int64_t k,
 
 namespace {
 
+// A thread's part of q, k and v: heads (k's count on from q's) and their panels.
+struct QkvShare {
+  Range heads, q, k, v;
+
+  QkvShare(const Team& team, const AttentionShape& shape, CacheType type)
+      : heads(team.share(shape.n_heads + shape.n_kv_heads)), v(share_v(team, shape, type)) {
+    const int64_t panels = shape.head_dim / kPanelRows;  // of a head
+    const auto of_q = [&](int64_t head) { return head < shape.n_heads ? head : shape.n_heads; };
+    q = {of_q(heads.begin) * panels, of_q(heads.end) * panels};
+    k = {heads.begin * panels - q.begin, heads.end * panels - q.end};
+  }
+  const std::byte* first(const Layer& layer) const {
+    return q.begin < q.end   ? layer.q.panel(q.begin)
+           : k.begin < k.end ? layer.k.panel(k.begin)
+                             : layer.v.panel(v.begin);
+  }
+};
+
 class LayerPass {
  public:
   LayerPass(const Team& team, const Stack& stack, const KvCache& cache, const Rows& rows,
             ForwardWork& work)
       : team_(team),
         stack_(stack),
+        shape_(attention_shape(stack)),
         cache_(cache),
         rows_(rows),
         work_(work),
-        own_(work.threads[team.thread]) {}
+        own_(work.threads[team.thread]),
+        qkv_(team, shape_, cache.type) {}
 
-  void run(int64_t index) {
+  void run(int64_t index, const std::byte* after_stack) {
     const Layer layer = stack_.layer(index);
-    const AttentionShape shape = attention_shape(stack_);
+    const bool is_last = index + 1 == stack_.n_layers;
+    const std::byte* after = is_last ? after_stack : qkv_.first(stack_.layer(index + 1));
 
-    project_qkv(layer, shape, index);
+    project_qkv(layer, index);
     team_.barrier(Phase::qkv);
-    attend_splits(team_, rows_, shape, cache_, index, work_.attention, own_.attend_tile);
+    attend_splits(team_, rows_, shape_, cache_, index, work_.attention, own_.attend_tile);
     team_.barrier(Phase::attention);
-    merge(shape);
-    add_product(layer.o, own_.input);
+    merge();
+    add_product(layer.o, own_.input, first_of(layer.gate));
     team_.barrier(Phase::output);
     gate_and_up(layer);
     team_.barrier(Phase::gate_up);
-    add_product(layer.down, work_.activation);
+    add_product(layer.down, work_.activation, after);
     team_.barrier(Phase::down);
   }
 
  private:
+  // The beginning of this thread's share of a matrix.
+  const std::byte* first_of(const Matrix& matrix) const {
+    return matrix.panel(team_.share(n_panels(matrix.n)).begin);
+  }
+
   // own_.input = norm of the residual stream
   void normalise(const float* weight) {
     const int64_t hidden = stack_.hidden;
@@ -91,28 +119,23 @@ class LayerPass {
     }
   }
 
-  void project_qkv(const Layer& layer, const AttentionShape& shape, int64_t index) {
+  void project_qkv(const Layer& layer, int64_t index) {
     normalise(layer.input_norm);
     const Activations x = own_.activations(own_.input, rows_.n, stack_.hidden,
                                            {layer.q.format, layer.k.format, layer.v.format});
-    const Range heads = team_.share(shape.n_heads + shape.n_kv_heads);
-    const Range v_panels = share_v(team_, shape, cache_.type);
-    const int64_t panels = shape.head_dim / kPanelRows;  // of a head
-    const auto clamp = [&](int64_t head) { return head < shape.n_heads ? head : shape.n_heads; };
-    const Range q_heads = {clamp(heads.begin), clamp(heads.end)};
-    const Range k_heads = {heads.begin - q_heads.begin, heads.end - q_heads.end};
-    project(layer.q, layer.q_bias, {q_heads.begin * panels, q_heads.end * panels}, x,
-            work_.attention.q);
-    project(layer.k, layer.k_bias, {k_heads.begin * panels, k_heads.end * panels}, x,
-            work_.attention.k);
-    project(layer.v, layer.v_bias, v_panels, x, work_.attention.v);
-    rotate_and_append(heads, v_panels, rows_, shape, layer.q_norm, layer.k_norm, stack_.eps, cache_,
-                      index, work_.attention);
+    const std::byte* v = layer.v.panel(qkv_.v.begin);
+    const std::byte* k =
+        qkv_.k.begin < qkv_.k.end ? layer.k.panel(qkv_.k.begin) : v;
+    project(layer.q, layer.q_bias, qkv_.q, x, k, work_.attention.q);
+    project(layer.k, layer.k_bias, qkv_.k, x, v, work_.attention.k);
+    project(layer.v, layer.v_bias, qkv_.v, x, first_of(layer.o), work_.attention.v);
+    rotate_and_append(qkv_.heads, qkv_.v, rows_, shape_, layer.q_norm, layer.k_norm, stack_.eps,
+                      cache_, index, work_.attention);
   }
 
   void project(const Matrix& matrix, const float* bias, Range panels, const Activations& x,
-               float* out) {
-    product_tiles(matrix, panels, x, rows_.n, own_,
+               const std::byte* then, float* out) {
+    product_tiles(matrix, panels, x, rows_.n, own_, then,
                   [&](int64_t row, int64_t n, int64_t count, const float* values) {
                     float* to = out + row * matrix.n + n;
                     for (int64_t i = 0; i < count; ++i)
@@ -120,19 +143,19 @@ class LayerPass {
                   });
   }
 
-  void merge(const AttentionShape& shape) {
+  void merge() {
     for (int64_t s = 0; s < rows_.n_segments; ++s) {
       const Segment& segment = rows_.segments[s];
       for (int64_t i = 0; i < segment.n_rows; ++i)
-        merge_row(shape, work_.attention, segment.row + i, segment.position + i,
-                  own_.input + (segment.row + i) * shape.q_size());
+        merge_row(shape_, work_.attention, segment.row + i, segment.position + i,
+                  own_.input + (segment.row + i) * shape_.q_size());
     }
   }
 
   // The residual stream += matrix x
-  void add_product(const Matrix& matrix, const float* x) {
+  void add_product(const Matrix& matrix, const float* x, const std::byte* then) {
     product_tiles(matrix, team_.share(n_panels(matrix.n)),
-                  own_.activations(x, rows_.n, matrix.k, {matrix.format}), rows_.n, own_,
+                  own_.activations(x, rows_.n, matrix.k, {matrix.format}), rows_.n, own_, then,
                   [&](int64_t row, int64_t n, int64_t count, const float* values) {
                     float* to = work_.x + row * stack_.hidden + n;
                     for (int64_t i = 0; i < count; ++i) to[i] += values[i];
@@ -147,11 +170,12 @@ class LayerPass {
     for (int64_t panel = range.begin; panel < range.end; panel += kTilePanels) {
       const int64_t left = range.end - panel;
       const int64_t count = left < kTilePanels ? left : kTilePanels;
-      const auto tile_of = [&](const Matrix& matrix, float* tile) {
-        kernels().product(matrix, panel, count, x, rows_.n, tile);
-      };
-      tile_of(layer.gate, own_.tile);
-      tile_of(layer.up, own_.tile2);
+      kernels().product(layer.gate, panel, count, x, rows_.n, layer.up.panel(panel),
+                        own_.tile);
+      kernels().product(
+          layer.up, panel, count, x, rows_.n,
+          count == left ? first_of(layer.down) : layer.gate.panel(panel + count),
+          own_.tile2);
       for (int64_t row = 0; row < rows_.n; ++row)
         kernels().swiglu(own_.tile + row * kTileRows, own_.tile2 + row * kTileRows,
                          count * kPanelRows,
@@ -161,18 +185,24 @@ class LayerPass {
 
   const Team& team_;
   const Stack& stack_;
+  const AttentionShape shape_;
   const KvCache& cache_;
   const Rows& rows_;
   ForwardWork& work_;
   const ThreadWork& own_;
+  const QkvShare qkv_;
 };
 
 }  // namespace
 
 void forward(const Team& team, const Stack& stack, const KvCache& cache, const Rows& rows,
-             ForwardWork& work) {
+             const std::byte* then, ForwardWork& work) {
   LayerPass pass(team, stack, cache, rows, work);
-  for (int64_t layer = 0; layer < stack.n_layers; ++layer) pass.run(layer);
+  for (int64_t layer = 0; layer < stack.n_layers; ++layer) pass.run(layer, then);
+}
+
+const std::byte* first_weights(const Team& team, const Stack& stack, CacheType type) {
+  return QkvShare(team, attention_shape(stack), type).first(stack.layer(0));
 }
 
 }  // namespace recycle

@@ -44,21 +44,26 @@ struct ForwardWork {
 };
 
 // out(row, first output, 16-aligned count, values) is called for each row and tile of the product of
-// x with panels [range.begin, range.end).
+// x with panels [range.begin, range.end). then: what this thread reads next.
 template <class Out>
 void product_tiles(const Matrix& matrix, Range panels, const Activations& x, int64_t rows,
-                   const ThreadWork& own, Out out) {
+                   const ThreadWork& own, const std::byte* then, Out out) {
   for (int64_t panel = panels.begin; panel < panels.end; panel += kTilePanels) {
-    const int64_t count = panels.end - panel < kTilePanels ? panels.end - panel : kTilePanels;
-    kernels().product(matrix, panel, count, x, rows, own.tile);
+    const int64_t left = panels.end - panel;
+    const int64_t count = left < kTilePanels ? left : kTilePanels;
+    kernels().product(matrix, panel, count, x, rows,
+                      count == left ? then : matrix.panel(panel + count), own.tile);
     for (int64_t row = 0; row < rows; ++row)
       out(row, panel * kPanelRows, count * kPanelRows, own.tile + row * kTileRows);
   }
 }
 
 // Every thread of the team calls this; work.x and the RoPE tables are ready. The rows' keys and values are
-// in the cache and work.x is the output when it returns (after a barrier).
+// in the cache and work.x is the output when it returns (after a barrier). then: what this thread reads next.
 void forward(const Team& team, const Stack& stack, const KvCache& cache, const Rows& rows,
-             ForwardWork& work);
+             const std::byte* then, ForwardWork& work);
+
+// What this thread reads first in forward(), with caches of this type.
+const std::byte* first_weights(const Team& team, const Stack& stack, CacheType type);
 
 }  // namespace recycle

@@ -39,7 +39,7 @@ void HeadWork::take(Arena& arena, int64_t rows, int64_t n, bool greedy, bool log
 }
 
 void scan_head(const Team& team, const Matrix& head, const float* x, int64_t rows, bool greedy,
-               bool log_probs, const ThreadWork& own, HeadWork& work) {
+               bool log_probs, const ThreadWork& own, const std::byte* then, HeadWork& work) {
   const Kernels& isa = kernels();
   ArgMax* best = work.best + team.thread * work.max_rows;
   if (greedy) {
@@ -52,7 +52,7 @@ void scan_head(const Team& team, const Matrix& head, const float* x, int64_t row
   const int64_t panels = n_panels(head.n);
   const int64_t end = tiles.end * kTilePanels;
   product_tiles(head, {tiles.begin * kTilePanels, end < panels ? end : panels},
-                own.activations(x, rows, head.k, {head.format}), rows, own,
+                own.activations(x, rows, head.k, {head.format}), rows, own, then,
                 [&](int64_t row, int64_t first, int64_t padded, const float* values) {
                   const int64_t count = head.n - first < padded ? head.n - first : padded;
                   if (!greedy) {
@@ -66,6 +66,10 @@ void scan_head(const Team& team, const Matrix& head, const float* x, int64_t row
                   sums[0] = isa.max_value(values, count);
                   sums[1] = isa.exp_sum(values, count, sums[0], 1, nullptr);
                 });
+}
+
+const std::byte* first_weights(const Team& team, const Matrix& head) {
+  return head.panel(team.share(n_tiles(head.n)).begin * kTilePanels);
 }
 
 namespace {
@@ -132,7 +136,8 @@ void run(const Team& team, void* context) {
                          own.input + row * params.hidden);
     x = own.input;
   }
-  scan_head(team, params.head, x, params.n_rows, greedy, true, own, call.work);
+  scan_head(team, params.head, x, params.n_rows, greedy, true, own,
+            first_weights(team, params.head), call.work);
   team.barrier(Phase::head);
 
   const int64_t n = params.head.n;

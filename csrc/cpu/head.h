@@ -24,9 +24,12 @@ struct HeadWork {
 };
 
 // x [rows, head.k], already normalised. Fills work.best (greedy), work.tile_sums (if `log_probs`) or
-// work.logits. A barrier must follow.
+// work.logits. A barrier must follow. then: what this thread reads next.
 void scan_head(const Team& team, const Matrix& head, const float* x, int64_t rows, bool greedy,
-               bool log_probs, const ThreadWork& own, HeadWork& work);
+               bool log_probs, const ThreadWork& own, const std::byte* then, HeadWork& work);
+
+// What this thread reads first in scan_head().
+const std::byte* first_weights(const Team& team, const Matrix& head);
 
 // The best row of the head for `row`: the largest logit, the lowest index among equals; -1 if a logit was
 // NaN or infinite. Any one thread, after the barrier.

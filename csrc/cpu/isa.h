@@ -66,8 +66,9 @@ struct Kernels {
   const char* name;
 
   // out[r][0..16 panels) = x[r] . rows of `panels` panels from `panel` on. out: [rows, kTileRows].
+  // next: the weights that the calling thread reads afterwards, for prefetching.
   void (*product)(const Matrix& matrix, int64_t panel, int64_t panels, const Activations& x,
-                  int64_t rows, float* out);
+                  int64_t rows, const std::byte* next, float* out);
   // x [n] -> the other three arrays of Activations. n: a multiple of 32.
   void (*quantise)(const float* x, int64_t n, int32_t* pairs, float* scales, float* sums);
   // out = x / sqrt(mean(x^2) + eps) * weight. n: a multiple of 16. In place is fine.

@@ -32,12 +32,12 @@ void pack_bf16(const std::byte* row, int64_t k, int64_t lane, std::byte* panel) 
 }
 
 void pack_q8_0(const std::byte* row, int64_t k, int64_t lane, std::byte* panel) {
-  std::byte* quants = panel + scale_bytes(Format::q8_0, k);
   for (int64_t block = 0; block < k / kBlock; ++block) {
     const std::byte* source = row + block * 34;
-    std::memcpy(panel + (block * kPanelRows + lane) * 2, source, 2);
+    std::memcpy(panel + scales_at(Format::q8_0, block) + lane * 2, source, 2);
+    std::byte* quants = panel + quants_at(Format::q8_0, block);
     for (int64_t i = 0; i < kBlock; i += 4)
-      std::memcpy(quants + ((block * kBlock + i) / 4 * kPanelRows + lane) * 4, source + 2 + i, 4);
+      std::memcpy(quants + (i / 4 * kPanelRows + lane) * 4, source + 2 + i, 4);
   }
 }
 
@@ -45,18 +45,19 @@ void pack_q8_0(const std::byte* row, int64_t k, int64_t lane, std::byte* panel) 
 // of a group of 8.
 void pack_q4(Format format, const std::byte* row, int64_t k, int64_t lane, std::byte* panel) {
   const int64_t halves = format == Format::q4_1 ? 2 : 1;
-  std::byte* quants = panel + scale_bytes(format, k);
   for (int64_t block = 0; block < k / kBlock; ++block) {
     const std::byte* source = row + block * (16 + 2 * halves);
     for (int64_t half = 0; half < halves; ++half)
-      std::memcpy(panel + ((block * halves + half) * kPanelRows + lane) * 2, source + 2 * half, 2);
+      std::memcpy(panel + scales_at(format, block) + (half * kPanelRows + lane) * 2,
+                  source + 2 * half, 2);
     const std::byte* nibbles = source + 2 * halves;
     const auto nibble = [nibbles](int64_t i) {
       return static_cast<unsigned>(i < 16 ? nibbles[i] & std::byte{15} : nibbles[i - 16] >> 4);
     };
+    std::byte* quants = panel + quants_at(format, block);
     for (int64_t group = 0; group < kBlock; group += 8)
       for (int64_t byte = 0; byte < 4; ++byte)
-        quants[((block * kBlock + group) / 8 * kPanelRows + lane) * 4 + byte] =
+        quants[(group / 8 * kPanelRows + lane) * 4 + byte] =
             static_cast<std::byte>(nibble(group + byte) | nibble(group + 4 + byte) << 4);
   }
 }
@@ -106,39 +107,38 @@ void unpack_row(const Matrix& matrix, int64_t row, float* out) {
   const std::byte* panel = matrix.panel(row / kPanelRows);
   const int64_t lane = row % kPanelRows;
   const int64_t k = matrix.k;
-  const std::byte* quants = panel + scale_bytes(matrix.format, k);
-  const auto half = [panel, lane](int64_t index) {
-    return half_to_float(read<uint16_t>(panel + (index * kPanelRows + lane) * 2));
-  };
-  switch (matrix.format) {
-    case Format::f32:
-      for (int64_t i = 0; i < k; ++i) out[i] = read<float>(panel + (i * kPanelRows + lane) * 4);
-      break;
-    case Format::f16:
-      for (int64_t i = 0; i < k; ++i) out[i] = half(i);
-      break;
-    case Format::bf16:
-      for (int64_t i = 0; i < k; ++i) {
-        const std::byte* at = panel + ((i / 2 * kPanelRows + lane) * 2 + i % 2) * 2;
-        out[i] = std::bit_cast<float>(static_cast<uint32_t>(read<uint16_t>(at)) << 16);
-      }
-      break;
-    case Format::q8_0:
-      for (int64_t i = 0; i < k; ++i) {
-        const std::byte quant = quants[(i / 4 * kPanelRows + lane) * 4 + i % 4];
-        out[i] = half(i / kBlock) * static_cast<float>(static_cast<int8_t>(quant));
-      }
-      break;
-    case Format::q4_0:
-    case Format::q4_1:
-      for (int64_t i = 0; i < k; ++i) {
-        const auto byte = static_cast<unsigned>(quants[(i / 8 * kPanelRows + lane) * 4 + i % 4]);
+  const Format format = matrix.format;
+  const auto half = [](const std::byte* at) { return half_to_float(read<uint16_t>(at)); };
+  if (is_quantised(format)) {
+    for (int64_t block = 0; block < k / kBlock; ++block) {
+      const std::byte* scales = panel + scales_at(format, block) + lane * 2;
+      const std::byte* quants = panel + quants_at(format, block) + lane * 4;
+      const float scale = half(scales);
+      float* to = out + block * kBlock;
+      for (int64_t i = 0; i < kBlock; ++i) {
+        if (format == Format::q8_0) {
+          const std::byte quant = quants[i / 4 * kPanelRows * 4 + i % 4];
+          to[i] = scale * static_cast<float>(static_cast<int8_t>(quant));
+          continue;
+        }
+        const auto byte = static_cast<unsigned>(quants[i / 8 * kPanelRows * 4 + i % 4]);
         const auto nibble = static_cast<float>(i % 8 < 4 ? byte & 15 : byte >> 4);
-        out[i] = matrix.format == Format::q4_0
-                     ? half(i / kBlock) * (nibble - 8)
-                     : half(i / kBlock * 2) * nibble + half(i / kBlock * 2 + 1);
+        to[i] = format == Format::q4_0 ? scale * (nibble - 8)
+                                       : scale * nibble + half(scales + kPanelRows * 2);
       }
-      break;
+    }
+    return;
+  }
+  for (int64_t i = 0; i < k; ++i) {
+    const int64_t at = i * kPanelRows + lane;
+    if (format == Format::f32) {
+      out[i] = read<float>(panel + at * 4);
+    } else if (format == Format::f16) {
+      out[i] = half(panel + at * 2);
+    } else {
+      const auto bits = read<uint16_t>(panel + ((i / 2 * kPanelRows + lane) * 2 + i % 2) * 2);
+      out[i] = std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+    }
   }
 }
 

@@ -75,7 +75,7 @@ class Reader {
     stack.weights = weights_;
     if (error == nullptr &&
         (stack.hidden <= 0 || stack.hidden % kPanelRows != 0 || stack.intermediate <= 0 ||
-         stack.intermediate % kPanelRows != 0 || stack.head_dim <= 0 ||
+         stack.intermediate % kPanelRows != 0 || stack.n_layers <= 0 || stack.head_dim <= 0 ||
          stack.head_dim % kPanelRows != 0 || stack.n_kv_heads <= 0 ||
          stack.n_heads < stack.n_kv_heads || stack.n_heads % stack.n_kv_heads != 0))
       fail("the plan's layer sizes don't fit together");

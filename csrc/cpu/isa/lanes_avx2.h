@@ -16,13 +16,10 @@ struct Raw {
   __m256i lo, hi;
 };
 
-// 16 registers: at most 12 accumulators (a panel takes two), so that two weights and the activation
-// fit beside them. One row wants four panels: an FMA takes 4 cycles and two start in each.
-constexpr int max_rows() {
-  return 6;
-}
-constexpr int panels_for(int rows) {
-  return rows == 1 ? 4 : rows <= 2 ? 2 : 1;
+// Rows that a product works on together. 16 registers, two for 16 lanes: two float sums a row or one integer
+// sum, and room for the weights; with 3 and 6 rows GCC moves sums in and out of memory, at half the speed.
+constexpr int max_rows(bool quantised) {
+  return quantised ? 4 : 2;
 }
 // Lanes of values that attention sums up together for each of these heads.
 constexpr int value_lanes(int heads) {
@@ -148,6 +145,9 @@ struct Pairs {
 
 inline Ints zero() {
   return {_mm256_setzero_si256(), _mm256_setzero_si256()};
+}
+inline Ints add(Ints a, Ints b) {
+  return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
 }
 inline Lanes to_float(Ints a) {
   return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)};

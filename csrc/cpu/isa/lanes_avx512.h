@@ -17,12 +17,9 @@ struct Raw {
   __m512i v;
 };
 
-// 32 registers: at most 24 accumulators.
-constexpr int max_rows() {
-  return 6;
-}
-constexpr int panels_for(int) {
-  return 4;
+// Rows that a product works on together. 32 registers: two sums a row and room for the weights.
+constexpr int max_rows(bool) {
+  return 12;
 }
 // Lanes of values that attention sums up together for each of these heads.
 constexpr int value_lanes(int) {
@@ -131,6 +128,9 @@ struct Pairs {
 
 inline Ints zero() {
   return {_mm512_setzero_si512()};
+}
+inline Ints add(Ints a, Ints b) {
+  return {_mm512_add_epi32(a.v, b.v)};
 }
 inline Lanes to_float(Ints a) {
   return {_mm512_cvtepi32_ps(a.v)};

@@ -19,11 +19,9 @@ struct Raw {
   uint32_t v[16];
 };
 
-constexpr int max_rows() {
+// Rows that a product works on together.
+constexpr int max_rows(bool) {
   return 4;
-}
-constexpr int panels_for(int) {
-  return 1;
 }
 // Lanes of values that attention sums up together for each of these heads.
 constexpr int value_lanes(int) {
@@ -132,6 +130,10 @@ struct Pairs {
 
 inline Ints zero() {
   return {};
+}
+inline Ints add(Ints a, const Ints& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+  return a;
 }
 inline Lanes to_float(Ints a) {
   return each([&](int i) { return static_cast<float>(a.v[i]); });

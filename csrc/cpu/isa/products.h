@@ -3,212 +3,202 @@
 //   x [rows, k], W [n, k] packed  ->  out [rows, 16 panels] float32
 //
 // Bounded by memory for one or two rows: each weight is read once and unpacked once for all rows of a
-// tile. Above ~8 rows (prefill) bounded by multiplications.
-// A tile is R rows x P panels of running sums in registers; R and P change which sums are computed
-// together, never the order inside one.
+// group. Above ~8 rows (prefill) bounded by multiplications.
+// A panel is read from end to end, one after the other: a single stream a thread, which is asked for ahead of
+// its use across the ends of panels, matrices and phases. The running sums of R rows stay in registers; R
+// changes which sums are computed together, never the order inside one.
 //
-// Float weights are widened to float32 and multiplied with the float32 activations. Quantised weights stay
+// Float weights are widened to float32 and multiplied with the float32 activations; even and odd columns are
+// summed apart, because one chain of additions is slower than memory. Quantised weights stay
 // integers: the activations, rounded to 16 bits with a scale for each block of 32 (quantise() below), are
 // multiplied with them in pairs, and a block's sum is exact in 32 bits. Rounding to 16 bits moves a result
 // by ~2e-5 of its size, a sixtieth of what bfloat16 does.
-// Rejected: widening quants to float32 (three times the instructions: it, not memory, was the bound);
-// activations in 8 bits, as is common (half the instructions again, which memory then hides, and 250 times
-// the error).
+// Rejected: four panels side by side, for more sums to work on (one thread of a Zen 4 then reads 25 GB/s of
+// bf16, 22 of q8_0 and 17 of q4_0 from memory; one panel after the other 29, 28 and 25); widening quants to
+// float32 (three times the instructions: it, not memory, was the bound); activations in 8 bits, as is
+// common (half the instructions again, which memory then hides, and 250 times the error).
 #pragma once
 
 namespace recycle::RECYCLE_ISA {
 namespace {
 
-// How far ahead of the loads weights are asked for. The hardware's prefetchers start anew with every panel;
-// of 512, 1024, 2048 and 4096 bytes, all within noise of each other, all were 10 to 20% faster than none
-// for 8 and 4 bits on a Zen 4.
-constexpr int64_t kPrefetchBytes = 1024;
+// How far ahead of the loads weights are asked for, in bytes.
+constexpr int64_t kAhead = 1024;
 
-inline void prefetch(const std::byte* p) {
-  __builtin_prefetch(p + kPrefetchBytes, 0, 3);
+inline void fetch(const std::byte* p) {
+  __builtin_prefetch(p, 0, 3);
 }
 
-template <int R, int P>
-struct Tile {
-  Lanes sum[R][P];
+// Calls body(begin, end, ahead) for the steps of a panel of `bytes`, `step_bytes` each, in one or two parts: what
+// stands at ahead + i is read kAhead bytes after panel + i, be it in this panel or in the next one.
+template <class Body>
+inline void walk(const std::byte* panel, int64_t bytes, const std::byte* next, int64_t steps,
+                 int64_t step_bytes, Body body) {
+  const int64_t here = steps - (kAhead + step_bytes - 1) / step_bytes;
+  const int64_t middle = here < 0 ? 0 : here;
+  body(0, middle, panel + kAhead);
+  body(middle, steps, next + kAhead - bytes);
+}
 
-  Tile() {
-    for (auto& row : sum)
-      for (auto& lanes : row) lanes = splat(0);
-  }
-  // One column of weights against one activation of each row.
-  void add_column(int p, Lanes weights, const float* x, int64_t ld_x) {
+// out[r] = sum over k of weights * x[r], for R rows and the 16 outputs of one panel.
+template <Format format, int R>
+inline void accumulate_plain(const std::byte* panel, int64_t k, const float* x,
+                             const std::byte* next, Lanes (&out)[R]) {
+  Lanes even[R], odd[R];
+  for (int r = 0; r < R; ++r) even[r] = odd[r] = splat(0);
+  const auto add_columns = [&](Lanes first, Lanes second, const float* columns) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) even[r] = fma(first, splat(columns[r * k]), even[r]);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) odd[r] = fma(second, splat(columns[r * k + 1]), odd[r]);
+  };
+  constexpr int64_t bytes = format == Format::f32 ? 128 : 64;  // of two columns
+  const auto body = [&](int64_t begin, int64_t end, const std::byte* ahead) {
+    for (int64_t i = begin; i < end; ++i) {
+      const std::byte* weights = panel + i * bytes;
+      fetch(ahead + i * bytes);
+      if constexpr (format == Format::f32) {
+        fetch(ahead + i * bytes + 64);
+        const float* floats = reinterpret_cast<const float*>(weights);
+        add_columns(load(floats), load(floats + 16), x + i * 2);
+      } else if constexpr (format == Format::f16) {
+        add_columns(load_f16(weights), load_f16(weights + 32), x + i * 2);
+      } else {
+        const Raw raw = load_raw(weights);
+        add_columns(bf16_even(raw), bf16_odd(raw), x + i * 2);
+      }
+    }
+  };
+  walk(panel, panel_bytes(format, k), next, k / 2, bytes, body);
+  for (int r = 0; r < R; ++r) out[r] = add(even[r], odd[r]);
+}
+
+// Integer sums of one block of one panel, for each row. A sum of one or two rows is made in two halves, which
+// needn't wait for each other; integers add up to the same in any order.
+template <Format format, int R>
+struct BlockSums {
+  static constexpr int kParts = R <= 2 ? 2 : 1;
+  Ints sum[kParts][R];
+
+  BlockSums(const std::byte* quants, const std::byte* ahead, const int32_t* pairs, int64_t ld) {
+    for (auto& part : sum)
+      for (Ints& ints : part) ints = zero();
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sum[r][p] = fma(weights, splat(x[r * ld_x]), sum[r][p]);
-  }
-};
-
-template <Format format, int R, int P>
-inline void accumulate_plain(const std::byte* const (&panel)[P], int64_t k, const float* x,
-                             Tile<R, P>& tile) {
-  if constexpr (format == Format::f32) {
-    for (int64_t i = 0; i < k; ++i) {
-#pragma GCC unroll 4
-      for (int p = 0; p < P; ++p)
-        tile.add_column(p, load(reinterpret_cast<const float*>(panel[p]) + i * 16), x + i, k);
-    }
-  } else if constexpr (format == Format::f16) {
-    for (int64_t i = 0; i < k; ++i) {
-#pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) tile.add_column(p, load_f16(panel[p] + i * 32), x + i, k);
-    }
-  } else {
-    for (int64_t i = 0; i < k; i += 2) {
-#pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) {
-        const Raw raw = load_raw(panel[p] + i * 32);
-        prefetch(panel[p] + i * 32);
-        tile.add_column(p, bf16_even(raw), x + i, k);
-        tile.add_column(p, bf16_odd(raw), x + i + 1, k);
+    for (int64_t line = 0; line < block_quant_bytes(format) / 64; ++line) {
+      const Raw raw = load_raw(quants + line * 64);
+      fetch(ahead + line * 64);
+      if constexpr (format == Format::q8_0) {
+        const int32_t* x = pairs + line * 2;
+        add_columns(0, even_bytes(raw), x, ld);
+        add_columns(1, odd_bytes(raw), x + 1, ld);
+      } else {
+        const int32_t* x = pairs + line * 4;
+        add_columns(0, nibbles<0>(raw), x, ld);
+        add_columns(1, nibbles<2>(raw), x + 1, ld);
+        add_columns(0, nibbles<1>(raw), x + 2, ld);
+        add_columns(1, nibbles<3>(raw), x + 3, ld);
       }
     }
   }
-}
-
-// Integer sums of one block.
-template <int R, int P>
-struct BlockTile {
-  Ints sum[R][P];
-
-  BlockTile() {
-    for (auto& row : sum)
-      for (auto& ints : row) ints = zero();
-  }
   // Two columns of weights against a pair of activations of each row; a row has `ld` pairs.
-  void add_columns(int p, Pairs weights, const int32_t* pairs, int64_t ld) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sum[r][p] = dot(sum[r][p], weights, pairs[r * ld]);
+  void add_columns(int part, Pairs weights, const int32_t* pairs, int64_t ld) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+      sum[part % kParts][r] = dot(sum[part % kParts][r], weights, pairs[r * ld]);
+  }
+  Lanes of_row(int r) const {
+    return to_float(kParts == 2 ? add(sum[0][r], sum[kParts - 1][r]) : sum[0][r]);
   }
 };
-
-template <int R, int P>
-inline void block_q8(const std::byte* const (&quants)[P], int64_t first, const int32_t* pairs,
-                     int64_t ld, BlockTile<R, P>& block) {
-#pragma GCC unroll 2
-  for (int64_t i = first; i < first + kBlock; i += 4) {
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) {
-      const Raw raw = load_raw(quants[p] + i * 16);
-      prefetch(quants[p] + i * 16);
-      block.add_columns(p, even_bytes(raw), pairs + i / 2, ld);
-      block.add_columns(p, odd_bytes(raw), pairs + i / 2 + 1, ld);
-    }
-  }
-}
-
-template <int R, int P>
-inline void block_q4(const std::byte* const (&quants)[P], int64_t first, const int32_t* pairs,
-                     int64_t ld, BlockTile<R, P>& block) {
-  for (int64_t i = first; i < first + kBlock; i += 8) {
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) {
-      const Raw raw = load_raw(quants[p] + i * 8);
-      prefetch(quants[p] + i * 8);
-      block.add_columns(p, nibbles<0>(raw), pairs + i / 2, ld);
-      block.add_columns(p, nibbles<2>(raw), pairs + i / 2 + 1, ld);
-      block.add_columns(p, nibbles<1>(raw), pairs + i / 2 + 2, ld);
-      block.add_columns(p, nibbles<3>(raw), pairs + i / 2 + 3, ld);
-    }
-  }
-}
 
 // The offset of 4-bit weights meets the sum of the block's activations, which is the same for all outputs:
 // sum(x (d q + m)) = d sum(x q) + m sum(x).
-template <Format format, int R, int P>
-inline void accumulate_quantised(const std::byte* const (&panel)[P], int64_t k,
-                                 const Activations& x, Tile<R, P>& tile) {
-  const std::byte* quants[P];
-  for (int p = 0; p < P; ++p) quants[p] = panel[p] + scale_bytes(format, k);
+template <Format format, int R>
+inline void accumulate_quantised(const std::byte* panel, int64_t k, const Activations& x,
+                                 const std::byte* next, Lanes (&out)[R]) {
   const int64_t n_blocks = k / kBlock;
-  for (int64_t b = 0; b < n_blocks; ++b) {
-    BlockTile<R, P> block;
-    if constexpr (format == Format::q8_0)
-      block_q8(quants, b * kBlock, x.pairs, k / 2, block);
-    else
-      block_q4(quants, b * kBlock, x.pairs, k / 2, block);
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) {
-      const Lanes scale = load_f16(panel[p] + b * (format == Format::q4_1 ? 64 : 32));
-      for (int r = 0; r < R; ++r) {
-        const Lanes both = mul(scale, splat(x.scales[r * n_blocks + b]));
-        tile.sum[r][p] = fma(both, to_float(block.sum[r][p]), tile.sum[r][p]);
-      }
+  for (int r = 0; r < R; ++r) out[r] = splat(0);
+  const auto body = [&](int64_t begin, int64_t end, const std::byte* ahead) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t quants = quants_at(format, b);
+      const int64_t scales = scales_at(format, b);
+      if (b % blocks_a_line(format) == 0) fetch(ahead + scales);
+      const BlockSums<format, R> block(panel + quants, ahead + quants,
+                                       x.pairs + b * (kBlock / 2), k / 2);
+      const Lanes scale = load_f16(panel + scales);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+        out[r] = fma(mul(scale, splat(x.scales[r * n_blocks + b])), block.of_row(r), out[r]);
       if constexpr (format != Format::q8_0) {
         const Lanes offset =
-            format == Format::q4_1 ? load_f16(panel[p] + b * 64 + 32) : mul(scale, splat(-8));
+            format == Format::q4_1 ? load_f16(panel + scales + 32) : mul(scale, splat(-8));
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
-          tile.sum[r][p] = fma(offset, splat(x.sums[r * n_blocks + b]), tile.sum[r][p]);
+          out[r] = fma(offset, splat(x.sums[r * n_blocks + b]), out[r]);
       }
     }
-  }
-}
-
-template <Format format, int R, int P>
-void product_tile(const std::byte* first_panel, int64_t k, const Activations& x, float* out) {
-  const std::byte* panel[P];
-  for (int p = 0; p < P; ++p) panel[p] = first_panel + p * panel_bytes(format, k);
-  Tile<R, P> tile;
-  if constexpr (is_quantised(format))
-    accumulate_quantised<format>(panel, k, x, tile);
-  else
-    accumulate_plain<format>(panel, k, x.x, tile);
-  for (int r = 0; r < R; ++r)
-    for (int p = 0; p < P; ++p) store(out + r * kTileRows + p * kPanelRows, tile.sum[r][p]);
+  };
+  walk(panel, panel_bytes(format, k), next, n_blocks,
+       block_scale_bytes(format) + block_quant_bytes(format), body);
 }
 
 template <Format format, int R>
-void product_rows(const std::byte* first_panel, int64_t panels, int64_t k, const Activations& x,
+void product_rows(const std::byte* panel, int64_t k, const Activations& x, const std::byte* next,
                   float* out) {
-  constexpr int P = panels_for(R);
-  const int64_t stride = panel_bytes(format, k);
-  int64_t p = 0;
-  for (; p + P <= panels; p += P)
-    product_tile<format, R, P>(first_panel + p * stride, k, x, out + p * kPanelRows);
-  if constexpr (P > 1)
-    for (; p < panels; ++p)
-      product_tile<format, R, 1>(first_panel + p * stride, k, x, out + p * kPanelRows);
+  Lanes sums[R];
+  if constexpr (is_quantised(format))
+    accumulate_quantised<format>(panel, k, x, next, sums);
+  else
+    accumulate_plain<format>(panel, k, x.x, next, sums);
+  for (int r = 0; r < R; ++r) store(out + r * kTileRows, sums[r]);
+}
+
+template <Format format>
+using RowsFunction = void (*)(const std::byte*, int64_t, const Activations&, const std::byte*,
+                              float*);
+
+// product_rows for this many rows. Less: 0, 1, ...
+template <Format format, int... Less>
+inline RowsFunction<format> rows_function(int64_t rows, std::integer_sequence<int, Less...>) {
+  static constexpr RowsFunction<format> functions[] = {product_rows<format, Less + 1>...};
+  return functions[rows - 1];
 }
 
 template <Format format>
 void product_of(const Matrix& matrix, int64_t panel, int64_t panels, const Activations& x,
-                int64_t rows, float* out) {
-  using Function = void (*)(const std::byte*, int64_t, int64_t, const Activations&, float*);
-  constexpr Function by_rows[6] = {product_rows<format, 1>,
-                                   product_rows<format, 2>,
-                                   product_rows<format, 3>,
-                                   product_rows<format, 4>,
-                                   product_rows<format, (max_rows() < 5 ? 4 : 5)>,
-                                   product_rows<format, (max_rows() < 6 ? 4 : 6)>};
-  // Groups of nearly equal height: 8 rows are 4 + 4, not 6 + 2.
-  int64_t groups = (rows + max_rows() - 1) / max_rows();
-  for (int64_t r = 0; r < rows; --groups) {
-    const int64_t height = (rows - r + groups - 1) / groups;
-    by_rows[height - 1](matrix.panel(panel), panels, matrix.k, x.from_row(r, matrix.k),
-                        out + r * kTileRows);
-    r += height;
+                int64_t rows, const std::byte* next, float* out) {
+  constexpr int64_t most = max_rows(is_quantised(format));
+  for (int64_t p = 0; p < panels; ++p) {
+    const std::byte* weights = matrix.panel(panel + p);
+    const std::byte* after = p + 1 < panels ? matrix.panel(panel + p + 1) : next;
+    // Groups of nearly equal height: 8 rows are 4 + 4, not 6 + 2.
+    int64_t groups = (rows + most - 1) / most;
+    for (int64_t r = 0; r < rows; --groups) {
+      const int64_t height = (rows - r + groups - 1) / groups;
+      const auto function =
+          rows_function<format>(height, std::make_integer_sequence<int, most>());
+      function(weights, matrix.k, x.from_row(r, matrix.k), after,
+               out + r * kTileRows + p * kPanelRows);
+      r += height;
+    }
   }
 }
 
 void product(const Matrix& matrix, int64_t panel, int64_t panels, const Activations& x,
-             int64_t rows, float* out) {
+             int64_t rows, const std::byte* next, float* out) {
   switch (matrix.format) {
     case Format::f32:
-      return product_of<Format::f32>(matrix, panel, panels, x, rows, out);
+      return product_of<Format::f32>(matrix, panel, panels, x, rows, next, out);
     case Format::f16:
-      return product_of<Format::f16>(matrix, panel, panels, x, rows, out);
+      return product_of<Format::f16>(matrix, panel, panels, x, rows, next, out);
     case Format::bf16:
-      return product_of<Format::bf16>(matrix, panel, panels, x, rows, out);
+      return product_of<Format::bf16>(matrix, panel, panels, x, rows, next, out);
     case Format::q8_0:
-      return product_of<Format::q8_0>(matrix, panel, panels, x, rows, out);
+      return product_of<Format::q8_0>(matrix, panel, panels, x, rows, next, out);
     case Format::q4_0:
-      return product_of<Format::q4_0>(matrix, panel, panels, x, rows, out);
+      return product_of<Format::q4_0>(matrix, panel, panels, x, rows, next, out);
     case Format::q4_1:
-      return product_of<Format::q4_1>(matrix, panel, panels, x, rows, out);
+      return product_of<Format::q4_1>(matrix, panel, panels, x, rows, next, out);
   }
 }
 

@@ -3,6 +3,7 @@
 // shared by the linker with code that has to run without it.
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "../isa.h"
 #include "products.h"
