@@ -85,7 +85,10 @@ class Decoder:
         def cache(config) -> Tensor:
             size = row_elements(cache_dtype, config.head_dim)
             shape = (config.n_layers, 2, batch, config.n_kv_heads, rows, size)
-            return torch.zeros(shape, dtype=cache_dtype)
+            # Zeros from the system are not written yet, so that it can still choose the pages.
+            zeros = torch.zeros(shape, dtype=cache_dtype)
+            _C.use_huge_pages(zeros.view(torch.uint8).numpy())
+            return zeros
 
         def integers(*shape: int) -> Tensor:
             return torch.full(shape, -1, dtype=torch.int64)
@@ -99,6 +102,7 @@ class Decoder:
             (batch, drafts, model.draft_vocab_size) if sampled_verify else 0
         )
         self.scratch = torch.empty(0, dtype=torch.uint8)
+        self._scratch_threads = 0  # that the scratch has room for
         self._sampling = (
             float(temperature),
             int(top_k),
@@ -110,15 +114,16 @@ class Decoder:
     def arguments(self) -> tuple:
         """What both ops take, in the order of their schemas."""
         model = self.model
-        needed = _C.scratch_bytes(
-            model.plan.numpy(),
-            model.weights.numpy(),
-            self.batch,
-            self.drafts,
-            self._sampling[0] == 0,
-        )
-        if self.scratch.numel() < needed:  # at first, and when more threads were asked for
+        if (threads := _C.n_threads()) != self._scratch_threads:
+            needed = _C.scratch_bytes(
+                model.plan.numpy(),
+                model.weights.numpy(),
+                self.batch,
+                self.drafts,
+                self._sampling[0] == 0,
+            )
             self.scratch = torch.empty(needed, dtype=torch.uint8)
+            self._scratch_threads = threads
         return (
             model.weights,
             model.plan,

@@ -168,6 +168,8 @@ void attend_splits(const Team& team, const Rows& rows, const AttentionShape& sha
   task.ld_weighted = shape.n_heads * kSplits * shape.head_dim;
   task.ld_total = shape.n_heads * kSplits;
   task.tile = tile;
+  // The task before `index`, run when the one after it is known, whose keys it can ask for.
+  bool waiting = false;
   int64_t index = 0;
   for (int64_t s = 0; s < rows.n_segments; ++s) {
     const Segment& segment = rows.segments[s];
@@ -175,19 +177,31 @@ void attend_splits(const Team& team, const Rows& rows, const AttentionShape& sha
     for (int64_t i = 0; i < splits * shape.n_kv_heads; ++i, ++index) {
       if (index < range.begin || index >= range.end) continue;
       const int64_t kv_head = i / splits;
+      const int64_t split = i % splits;
+      const std::byte* keys = cache.head(layer, 0, segment.sequence, kv_head);
+      const std::byte* values = cache.head(layer, 1, segment.sequence, kv_head);
+      if (waiting) {
+        task.next_keys = keys + split * kChunk * cache.row_bytes();
+        task.next_values = values + split * kChunk * cache.row_bytes();
+        isa.attend(task);
+      }
       const int64_t head = segment.row * shape.n_heads + kv_head * group;
-      task.split = i % splits;
+      task.split = split;
       task.n_rows = segment.n_rows;
       task.first_position = segment.position;
       task.q = work.q + segment.row * shape.q_size() + kv_head * group * shape.head_dim;
-      task.keys = cache.head(layer, 0, segment.sequence, kv_head);
-      task.values = cache.head(layer, 1, segment.sequence, kv_head);
-      task.weighted = work.weighted + (head * kSplits + task.split) * shape.head_dim;
-      task.total = work.total + head * kSplits + task.split;
-      task.maximum = work.maximum + head * kSplits + task.split;
-      isa.attend(task);
+      task.keys = keys;
+      task.values = values;
+      task.weighted = work.weighted + (head * kSplits + split) * shape.head_dim;
+      task.total = work.total + head * kSplits + split;
+      task.maximum = work.maximum + head * kSplits + split;
+      waiting = true;
     }
   }
+  if (!waiting) return;
+  task.next_keys = task.keys;
+  task.next_values = task.values;
+  isa.attend(task);
 }
 
 void merge_row(const AttentionShape& shape, const AttentionWork& work, int64_t row,
@@ -214,7 +228,7 @@ void take(Arena& arena, int64_t batch, int64_t n_rows, const AttentionShape& sha
           AttentionWork& work, Rows& rows, float*& tiles) {
   work.take(arena, batch * n_rows, shape, shape);
   rows.segments = arena.take<Segment>(batch);
-  tiles = arena.take<float>(n_threads * attend_tile_floats(shape.head_dim));
+  tiles = arena.take<float>(n_threads * attend_tile_floats(batch * n_rows, shape));
 }
 
 void run(const Team& team, void* context) {
@@ -237,7 +251,7 @@ void run(const Team& team, void* context) {
                     params.q_norm, params.k_norm, params.eps, params.cache, 0, call.work);
   team.barrier(Phase::qkv);
   attend_splits(team, call.rows, call.shape, params.cache, 0, call.work,
-                call.tiles + team.thread * attend_tile_floats(params.head_dim));
+                call.tiles + team.thread * attend_tile_floats(call.rows.n, call.shape));
   team.barrier(Phase::attention);
   for (int64_t row = own.begin; row < own.end; ++row)
     merge_row(call.shape, call.work, row, params.lengths[row / params.n_rows] + row % params.n_rows,

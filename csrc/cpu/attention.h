@@ -18,6 +18,10 @@ struct AttentionShape {
   int64_t kv_size() const { return n_kv_heads * head_dim; }
 };
 
+inline int64_t attend_tile_floats(int64_t n_rows, const AttentionShape& shape) {
+  return attend_tile_floats(n_rows, shape.n_heads / shape.n_kv_heads, shape.head_dim);
+}
+
 // Shared arrays. q, k and v are filled by the caller.
 struct AttentionWork {
   float *q, *k, *v;        // [rows, q_size], [rows, kv_size] twice
@@ -42,7 +46,7 @@ void rotate_and_append(Range heads, Range v_panels, const Rows& rows, const Atte
                        const float* q_norm, const float* k_norm, float eps, const KvCache& cache,
                        int64_t layer, AttentionWork& work);
 
-// tile: this thread's own, [attend_tile_floats(head_dim)].
+// tile: this thread's own, attend_tile_floats().
 void attend_splits(const Team& team, const Rows& rows, const AttentionShape& shape,
                    const KvCache& cache, int64_t layer, AttentionWork& work, float* tile);
 

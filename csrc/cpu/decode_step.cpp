@@ -168,8 +168,8 @@ class Step {
                       to[i] = bias != nullptr ? values[i] + bias[n + i] : values[i];
                   });
     team_.barrier(Phase::input);
-    forward(team_, module.stack, state_.module_cache, work_.rows,
-            first_weights(team_, module.head), work_.forward);
+    forward(team_, module.stack, state_.module_cache, work_.rows, first_weights(team_, module.head),
+            work_.forward);
     team_.in_module = false;
   }
 

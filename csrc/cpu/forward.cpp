@@ -28,7 +28,9 @@ void ForwardWork::take(Arena& arena, int64_t rows, const Stack& a, const Stack& 
   for (int t = 0; t < n_threads; ++t) {
     threads[t].take(arena, rows, larger(widest, intermediate));
     threads[t].tile2 = arena.take<float>(rows * kTileRows);
-    threads[t].attend_tile = arena.take<float>(attend_tile_floats(larger(a.head_dim, b.head_dim)));
+    threads[t].attend_tile =
+        arena.take<float>(larger(attend_tile_floats(rows, attention_shape(a)),
+                                 attend_tile_floats(rows, attention_shape(b))));
   }
 }
 
@@ -124,8 +126,7 @@ class LayerPass {
     const Activations x = own_.activations(own_.input, rows_.n, stack_.hidden,
                                            {layer.q.format, layer.k.format, layer.v.format});
     const std::byte* v = layer.v.panel(qkv_.v.begin);
-    const std::byte* k =
-        qkv_.k.begin < qkv_.k.end ? layer.k.panel(qkv_.k.begin) : v;
+    const std::byte* k = qkv_.k.begin < qkv_.k.end ? layer.k.panel(qkv_.k.begin) : v;
     project(layer.q, layer.q_bias, qkv_.q, x, k, work_.attention.q);
     project(layer.k, layer.k_bias, qkv_.k, x, v, work_.attention.k);
     project(layer.v, layer.v_bias, qkv_.v, x, first_of(layer.o), work_.attention.v);
@@ -170,12 +171,10 @@ class LayerPass {
     for (int64_t panel = range.begin; panel < range.end; panel += kTilePanels) {
       const int64_t left = range.end - panel;
       const int64_t count = left < kTilePanels ? left : kTilePanels;
-      kernels().product(layer.gate, panel, count, x, rows_.n, layer.up.panel(panel),
-                        own_.tile);
-      kernels().product(
-          layer.up, panel, count, x, rows_.n,
-          count == left ? first_of(layer.down) : layer.gate.panel(panel + count),
-          own_.tile2);
+      kernels().product(layer.gate, panel, count, x, rows_.n, layer.up.panel(panel), own_.tile);
+      kernels().product(layer.up, panel, count, x, rows_.n,
+                        count == left ? first_of(layer.down) : layer.gate.panel(panel + count),
+                        own_.tile2);
       for (int64_t row = 0; row < rows_.n; ++row)
         kernels().swiglu(own_.tile + row * kTileRows, own_.tile2 + row * kTileRows,
                          count * kPanelRows,

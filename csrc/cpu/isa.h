@@ -34,17 +34,21 @@ struct AttendTask {
   int64_t first_position = 0;       // of row 0; row r sees positions 0 .. first_position + r
   const std::byte* keys = nullptr;  // [capacity, row], see kv_cache.h
   const std::byte* values = nullptr;
+  const std::byte* next_keys =
+      nullptr;  // what the calling thread reads afterwards, for prefetching
+  const std::byte* next_values = nullptr;
   CacheType type = CacheType::f32;
   int64_t split = 0;
   float* weighted = nullptr;  // row r, head g: + r * ld_weighted + g * kSplits * head_dim
   float* total = nullptr;     // row r, head g: + r * ld_total + g * kSplits
   float* maximum = nullptr;   // as total
   int64_t ld_weighted = 0, ld_total = 0;
-  float* tile = nullptr;  // [attend_tile_floats(head_dim)]
+  float* tile = nullptr;  // attend_tile_floats()
 };
 
-constexpr int64_t attend_tile_floats(int64_t head_dim) {
-  return 2 * kChunk * head_dim;
+// 16 keys, and the scores of a chunk for each row and head of the group.
+constexpr int64_t attend_tile_floats(int64_t n_rows, int64_t group, int64_t head_dim) {
+  return 16 * head_dim + n_rows * group * kChunk;
 }
 
 // Rows that go into a product. The rest is read for quantised matrices only: the same rows as 16-bit

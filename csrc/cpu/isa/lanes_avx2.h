@@ -21,8 +21,11 @@ struct Raw {
 constexpr int max_rows(bool quantised) {
   return quantised ? 4 : 2;
 }
-// Lanes of values that attention sums up together for each of these heads.
-constexpr int value_lanes(int heads) {
+// Heads that attention works on together, and lanes of values that it then sums up for each.
+constexpr int heads_at_once() {
+  return 2;
+}
+constexpr int lanes_for(int heads) {
   return heads == 1 ? 4 : heads <= 3 ? 2 : 1;
 }
 
@@ -76,27 +79,6 @@ inline float sum(Lanes a) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
-// Lane i: the sum of a[i], by the same tree as sum(): halves, quarters, pairs, ones.
-inline __m256 sum_each(const Lanes* a) {
-  __m256 quarters[4];
-  for (int i = 0; i < 4; ++i) {
-    const __m256 low = _mm256_add_ps(a[i].lo, a[i].hi);
-    const __m256 high = _mm256_add_ps(a[i + 4].lo, a[i + 4].hi);
-    quarters[i] = _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
-                                _mm256_permute2f128_ps(low, high, 0x31));
-  }
-  __m256 pairs[2];
-  for (int i = 0; i < 2; ++i) {
-    const __m256 a0 = quarters[2 * i];
-    const __m256 a1 = quarters[2 * i + 1];
-    pairs[i] = _mm256_add_ps(_mm256_shuffle_ps(a0, a1, 0x44), _mm256_shuffle_ps(a0, a1, 0xEE));
-  }
-  return _mm256_add_ps(_mm256_shuffle_ps(pairs[0], pairs[1], 0x88),
-                       _mm256_shuffle_ps(pairs[0], pairs[1], 0xDD));
-}
-inline Lanes sum_each(const Lanes (&a)[16]) {
-  return {sum_each(&a[0]), sum_each(&a[8])};
-}
 inline float max_of(Lanes a) {
   const __m256 eight = _mm256_max_ps(a.lo, a.hi);
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -134,6 +116,51 @@ inline Lanes bf16_odd(Raw raw) {
   const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
   return {_mm256_castsi256_ps(_mm256_and_si256(raw.lo, upper)),
           _mm256_castsi256_ps(_mm256_and_si256(raw.hi, upper))};
+}
+
+inline Lanes as_floats(Raw raw) {
+  return {_mm256_castsi256_ps(raw.lo), _mm256_castsi256_ps(raw.hi)};
+}
+template <int b>
+inline __m256 byte_of(__m256i words) {
+  if constexpr (b < 3) words = _mm256_slli_epi32(words, 24 - 8 * b);
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(words, 24));
+}
+template <int b>
+inline Lanes byte_of(Raw raw) {
+  return {byte_of<b>(raw.lo), byte_of<b>(raw.hi)};
+}
+// 8 x 8 words: pairs, then fours of rows come together, then halves change places.
+inline void transpose(const __m256i (&rows)[8], __m256i (&columns)[8]) {
+  __m256i fours[8];
+  for (int i = 0; i < 8; i += 4) {
+    const __m256i low01 = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+    const __m256i high01 = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+    const __m256i low23 = _mm256_unpacklo_epi32(rows[i + 2], rows[i + 3]);
+    const __m256i high23 = _mm256_unpackhi_epi32(rows[i + 2], rows[i + 3]);
+    fours[i] = _mm256_unpacklo_epi64(low01, low23);
+    fours[i + 1] = _mm256_unpackhi_epi64(low01, low23);
+    fours[i + 2] = _mm256_unpacklo_epi64(high01, high23);
+    fours[i + 3] = _mm256_unpackhi_epi64(high01, high23);
+  }
+  for (int i = 0; i < 4; ++i) {
+    columns[i] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x20);
+    columns[i + 4] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x31);
+  }
+}
+inline void transpose(Raw (&rows)[16]) {
+  __m256i in[4][8], out[4][8];  // quarters: top left, top right, bottom left, bottom right
+  for (int i = 0; i < 8; ++i) {
+    in[0][i] = rows[i].lo;
+    in[1][i] = rows[i].hi;
+    in[2][i] = rows[i + 8].lo;
+    in[3][i] = rows[i + 8].hi;
+  }
+  for (int quarter = 0; quarter < 4; ++quarter) transpose(in[quarter], out[quarter]);
+  for (int i = 0; i < 8; ++i) {
+    rows[i] = {out[0][i], out[2][i]};
+    rows[i + 8] = {out[1][i], out[3][i]};
+  }
 }
 
 struct Ints {

@@ -21,8 +21,11 @@ struct Raw {
 constexpr int max_rows(bool) {
   return 12;
 }
-// Lanes of values that attention sums up together for each of these heads.
-constexpr int value_lanes(int) {
+// Heads that attention works on together, and lanes of values that it then sums up for each.
+constexpr int heads_at_once() {
+  return 4;
+}
+constexpr int lanes_for(int) {
   return 4;
 }
 
@@ -69,28 +72,6 @@ inline float sum(Lanes a) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
-// Lane i: the sum of a[i], by the same tree as sum(): halves, quarters, pairs, ones.
-inline Lanes sum_each(const Lanes (&a)[16]) {
-  // After the first two steps register i holds four numbers each of a[i], a[i + 4], a[i + 8], a[i + 12].
-  __m512 quarters[4];
-  for (int i = 0; i < 4; ++i) {
-    const auto halves = [](__m512 x, __m512 y) {
-      return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xEE));
-    };
-    const __m512 low = halves(a[i].v, a[i + 4].v);
-    const __m512 high = halves(a[i + 8].v, a[i + 12].v);
-    quarters[i] =
-        _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD));
-  }
-  __m512 pairs[2];
-  for (int i = 0; i < 2; ++i) {
-    const __m512 a0 = quarters[2 * i];
-    const __m512 a1 = quarters[2 * i + 1];
-    pairs[i] = _mm512_add_ps(_mm512_shuffle_ps(a0, a1, 0x44), _mm512_shuffle_ps(a0, a1, 0xEE));
-  }
-  return {_mm512_add_ps(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88),
-                        _mm512_shuffle_ps(pairs[0], pairs[1], 0xDD))};
-}
 inline float max_of(Lanes a) {
   return _mm512_reduce_max_ps(a.v);
 }
@@ -117,6 +98,39 @@ inline Lanes bf16_even(Raw raw) {
 inline Lanes bf16_odd(Raw raw) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
   return {_mm512_castsi512_ps(_mm512_and_si512(raw.v, upper))};
+}
+
+inline Lanes as_floats(Raw raw) {
+  return {_mm512_castsi512_ps(raw.v)};
+}
+template <int b>
+inline Lanes byte_of(Raw raw) {
+  const __m512i top = b < 3 ? _mm512_slli_epi32(raw.v, 24 - 8 * b) : raw.v;
+  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24))};
+}
+// Pairs, then fours of rows come together; then quarters of registers change places, in two steps.
+inline void transpose(Raw (&rows)[16]) {
+  __m512i fours[16];  // quarter q of fours[4 i + c] is column 4 q + c of rows 4 i to 4 i + 3
+  for (int i = 0; i < 16; i += 4) {
+    const __m512i low01 = _mm512_unpacklo_epi32(rows[i].v, rows[i + 1].v);
+    const __m512i high01 = _mm512_unpackhi_epi32(rows[i].v, rows[i + 1].v);
+    const __m512i low23 = _mm512_unpacklo_epi32(rows[i + 2].v, rows[i + 3].v);
+    const __m512i high23 = _mm512_unpackhi_epi32(rows[i + 2].v, rows[i + 3].v);
+    fours[i] = _mm512_unpacklo_epi64(low01, low23);
+    fours[i + 1] = _mm512_unpackhi_epi64(low01, low23);
+    fours[i + 2] = _mm512_unpacklo_epi64(high01, high23);
+    fours[i + 3] = _mm512_unpackhi_epi64(high01, high23);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512i even_top = _mm512_shuffle_i32x4(fours[c], fours[c + 4], 0x88);
+    const __m512i odd_top = _mm512_shuffle_i32x4(fours[c], fours[c + 4], 0xDD);
+    const __m512i even_bottom = _mm512_shuffle_i32x4(fours[c + 8], fours[c + 12], 0x88);
+    const __m512i odd_bottom = _mm512_shuffle_i32x4(fours[c + 8], fours[c + 12], 0xDD);
+    rows[c].v = _mm512_shuffle_i32x4(even_top, even_bottom, 0x88);
+    rows[c + 4].v = _mm512_shuffle_i32x4(odd_top, odd_bottom, 0x88);
+    rows[c + 8].v = _mm512_shuffle_i32x4(even_top, even_bottom, 0xDD);
+    rows[c + 12].v = _mm512_shuffle_i32x4(odd_top, odd_bottom, 0xDD);
+  }
 }
 
 struct Ints {

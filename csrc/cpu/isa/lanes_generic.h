@@ -23,8 +23,11 @@ struct Raw {
 constexpr int max_rows(bool) {
   return 4;
 }
-// Lanes of values that attention sums up together for each of these heads.
-constexpr int value_lanes(int) {
+// Heads that attention works on together, and lanes of values that it then sums up for each.
+constexpr int heads_at_once() {
+  return 4;
+}
+constexpr int lanes_for(int) {
   return 1;
 }
 
@@ -84,10 +87,6 @@ inline float sum(Lanes a) {
     for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
   return a.v[0];
 }
-// Lane i: the sum of a[i].
-inline Lanes sum_each(const Lanes (&a)[16]) {
-  return each([&](int i) { return sum(a[i]); });
-}
 inline float max_of(Lanes a) {
   for (int i = 1; i < 16; ++i) a.v[0] = a.v[0] > a.v[i] ? a.v[0] : a.v[i];
   return a.v[0];
@@ -118,6 +117,24 @@ inline Lanes bf16_even(const Raw& raw) {
 }
 inline Lanes bf16_odd(const Raw& raw) {
   return each([&](int i) { return std::bit_cast<float>(raw.v[i] & 0xFFFF0000u); });
+}
+
+inline Lanes as_floats(const Raw& raw) {
+  return each([&](int i) { return std::bit_cast<float>(raw.v[i]); });
+}
+// Byte b of each lane, signed.
+template <int b>
+inline Lanes byte_of(const Raw& raw) {
+  return each([&](int i) { return static_cast<float>(static_cast<int8_t>(raw.v[i] >> 8 * b)); });
+}
+// Lane i of rows[j] and lane j of rows[i] change places.
+inline void transpose(Raw (&rows)[16]) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < i; ++j) {
+      const uint32_t word = rows[i].v[j];
+      rows[i].v[j] = rows[j].v[i];
+      rows[j].v[i] = word;
+    }
 }
 
 struct Ints {
