@@ -43,7 +43,7 @@ TEXT_BATCH = 256
 class TrainOptions:
     """What can be set; defaults are those of the shipped module."""
 
-    steps: int = 2400
+    steps: int = 1000
     batch_sequences: int = 16
     learning_rate: float = 2e-3
     warmup_steps: int = 100
@@ -380,7 +380,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--self-generate",
         type=int,
-        default=1_000_000,
+        default=409_600,
         metavar="TOKENS",
         help="text the base writes",
     )

@@ -156,7 +156,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("read_bandwidth", &recycle::read_bandwidth, py::call_guard<py::gil_scoped_release>(),
         py::arg("bytes"), py::arg("repeats"),
-        "Bytes a second that the threads read together from a buffer of this size: the best of the "
+        "Bytes a second that the threads read together from a buffer of this size: the median of the "
         "repeats.");
 
   m.def("pack_rows", &pack_rows, py::arg("format"), py::arg("n"), py::arg("k"),

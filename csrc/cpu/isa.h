@@ -85,8 +85,8 @@ struct Kernels {
                        int64_t n_splits, int64_t head_dim, float* out);
   // Takes values[0..n) with ids first_id.. into account. first_id and all but the last n: multiples of 16.
   void (*argmax)(const float* values, int64_t n, int64_t first_id, ArgMax* best);
-  // The sum of `values`, read in four streams, as product() reads four panels. n: a multiple of 64.
-  float (*read_streams)(const float* values, int64_t n);
+  // The sum of `values`, read from end to end as product() reads weights. n: a multiple of 64.
+  float (*read_stream)(const float* values, int64_t n);
   float (*max_value)(const float* values, int64_t n);
   // Sum of exp((values - maximum) * scale); each term also goes to `out` unless that is null.
   float (*exp_sum)(const float* values, int64_t n, float maximum, float scale, float* out);

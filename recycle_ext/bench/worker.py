@@ -20,7 +20,7 @@ from recycle_ext.bench.systems import Decoded, System, open_system
 from recycle_ext.errors import RecycleError
 
 COMMAND = [sys.executable, "-m", "recycle_ext.bench.worker"]
-_PROBE_REPEATS = 5
+_PROBE_REPEATS = 11
 
 
 class WorkerDied(Exception):  # noqa: N818  (an event, not a mistake)
@@ -109,11 +109,12 @@ def _serve(requests: TextIO, answers: TextIO) -> None:
             answer({"phases": system.phases()})
             continue
         first_token_seconds = system.prefill(job.prompt)
+        if not peak:  # before a probe takes a buffer as large as the model
+            system.decode(job.new_tokens)
+            peak = peak_memory_bytes()
+        before = probe(job, system)
         decoded = system.decode(job.new_tokens)
-        # The first time, before the probe takes a buffer as large as the model.
-        peak = peak or peak_memory_bytes()
-        _C.set_n_threads(min(job.contender.threads, _C.available_cores()))
-        bandwidth = _C.read_bandwidth(system.weight_bytes, _PROBE_REPEATS)
+        bandwidth = (before + probe(job, system)) / 2
         answer(
             {
                 "first_token_seconds": first_token_seconds,
@@ -124,8 +125,14 @@ def _serve(requests: TextIO, answers: TextIO) -> None:
         )
 
 
+def probe(job: Job, system: System) -> float:
+    """Bytes a second that this machine reads now, with the job's threads, from as much memory as the weights."""
+    _C.set_n_threads(min(job.contender.threads, _C.available_cores()))
+    return _C.read_bandwidth(system.weight_bytes, _PROBE_REPEATS)
+
+
 def decode_figures(decoded: Decoded, system: System, bandwidth: float) -> dict:
-    """What a decoding comes to. bandwidth: bytes a second that this machine read directly after."""
+    """What a decoding comes to. bandwidth: bytes a second that this machine read directly before and after."""
     read = decoded.steps * (system.step_bytes + decoded.cache_bytes)
     return {
         "tokens": decoded.tokens,

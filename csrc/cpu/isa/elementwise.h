@@ -61,11 +61,14 @@ inline Lanes load_rest(const float* values, int64_t n, float fill) {
   return load(rest);
 }
 
-float read_streams(const float* values, int64_t n) {
+float read_stream(const float* values, int64_t n) {
   Lanes total[4] = {splat(0), splat(0), splat(0), splat(0)};
-  for (int64_t i = 0; i < n / 4; i += 16)
-    for (int stream = 0; stream < 4; ++stream)
-      total[stream] = add(total[stream], load(values + stream * (n / 4) + i));
+  for (int64_t i = 0; i < n; i += 64)
+    for (int part = 0; part < 4; ++part) {
+      const float* at = values + i + part * 16;
+      fetch(reinterpret_cast<const std::byte*>(at) + kAhead);
+      total[part] = add(total[part], load(at));
+    }
   return sum(add(add(total[0], total[1]), add(total[2], total[3])));
 }
 

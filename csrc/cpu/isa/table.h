@@ -27,7 +27,7 @@ const Kernels kTable = {RECYCLE_NAME(RECYCLE_ISA),
                         attend,
                         merge_splits,
                         argmax,
-                        read_streams,
+                        read_stream,
                         max_value,
                         exp_sum};
 
