@@ -36,9 +36,10 @@ void ForwardWork::take(Arena& arena, int64_t rows, const Stack& a, const Stack& 
 
 void ThreadWork::take(Arena& arena, int64_t rows, int64_t widest) {
   input = arena.take<float>(rows * widest);
-  pairs = arena.take<int32_t>(rows * widest / 2);
+  quants = arena.take<int32_t>(rows * widest / 2);
   scales = arena.take<float>(rows * widest / kBlock);
   sums = arena.take<float>(rows * widest / kBlock);
+  minus_sums = arena.take<int32_t>(rows * widest / kBlock);
   tile = arena.take<float>(rows * kTileRows);
 }
 
@@ -46,8 +47,8 @@ Activations ThreadWork::activations(const float* x, int64_t rows, int64_t k,
                                     std::initializer_list<Format> formats) const {
   bool quantised = false;
   for (const Format format : formats) quantised = quantised || is_quantised(format);
-  if (quantised) kernels().quantise(x, rows * k, pairs, scales, sums);
-  return {x, pairs, scales, sums};
+  if (quantised) kernels().quantise(x, rows * k, quants, scales, sums, minus_sums);
+  return {x, quants, scales, sums, minus_sums};
 }
 
 namespace {

@@ -21,8 +21,9 @@ inline AttentionShape attention_shape(const Stack& stack) {
 // One thread's own arrays.
 struct ThreadWork {
   float* input;    // [rows, widest product input]
-  int32_t* pairs;  // what Activations has beside the floats, for the widest
+  int32_t* quants;  // what Activations has beside the floats, for the widest
   float *scales, *sums;
+  int32_t* minus_sums;
   float *tile, *tile2;  // [rows, kTileRows]
   float* attend_tile;
 

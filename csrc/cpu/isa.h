@@ -52,17 +52,18 @@ constexpr int64_t attend_tile_floats(int64_t n_rows, int64_t group, int64_t head
 }
 
 // Rows that go into a product. The rest is read for quantised matrices only: the same rows as 16-bit
-// integers, of four consecutive ones the first and third as one pair and the second and fourth as the
-// next (so lie the weights that meet them), and for each block of 32 its scale and the sum of its rounded values.
+// integers, two words for each four of them, in the order that the instruction set's products want, and
+// for each block of 32 its scale and the sum of the rounded values, as a number and as minus the integers'.
 struct Activations {
-  const float* x = nullptr;        // [rows, k]
-  const int32_t* pairs = nullptr;  // [rows, k / 2]
-  const float* scales = nullptr;   // [rows, k / 32]
-  const float* sums = nullptr;     // [rows, k / 32]
+  const float* x = nullptr;             // [rows, k]
+  const int32_t* quants = nullptr;      // [rows, k / 2]
+  const float* scales = nullptr;        // [rows, k / 32]
+  const float* sums = nullptr;          // [rows, k / 32]
+  const int32_t* minus_sums = nullptr;  // [rows, k / 32]
 
   Activations from_row(int64_t row, int64_t k) const {
-    return {x + row * k, pairs + row * (k / 2), scales + row * (k / kBlock),
-            sums + row * (k / kBlock)};
+    const int64_t block = row * (k / kBlock);
+    return {x + row * k, quants + row * (k / 2), scales + block, sums + block, minus_sums + block};
   }
 };
 
@@ -73,8 +74,9 @@ struct Kernels {
   // next: the weights that the calling thread reads afterwards, for prefetching.
   void (*product)(const Matrix& matrix, int64_t panel, int64_t panels, const Activations& x,
                   int64_t rows, const std::byte* next, float* out);
-  // x [n] -> the other three arrays of Activations. n: a multiple of 32.
-  void (*quantise)(const float* x, int64_t n, int32_t* pairs, float* scales, float* sums);
+  // x [n] -> the other arrays of Activations. n: a multiple of 32.
+  void (*quantise)(const float* x, int64_t n, int32_t* quants, float* scales, float* sums,
+                   int32_t* minus_sums);
   // out = x / sqrt(mean(x^2) + eps) * weight. n: a multiple of 16. In place is fine.
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
   // out = gate * sigmoid(gate) * up

@@ -36,8 +36,8 @@ void pack_q8_0(const std::byte* row, int64_t k, int64_t lane, std::byte* panel) 
     const std::byte* source = row + block * 34;
     std::memcpy(panel + scales_at(Format::q8_0, block) + lane * 2, source, 2);
     std::byte* quants = panel + quants_at(Format::q8_0, block);
-    for (int64_t i = 0; i < kBlock; i += 4)
-      std::memcpy(quants + (i / 4 * kPanelRows + lane) * 4, source + 2 + i, 4);
+    for (int64_t i = 0; i < kBlock; ++i)
+      quants[(i / 4 * kPanelRows + lane) * 4 + i % 4] = source[2 + i] ^ std::byte{128};  // + 128
   }
 }
 
@@ -118,7 +118,7 @@ void unpack_row(const Matrix& matrix, int64_t row, float* out) {
       for (int64_t i = 0; i < kBlock; ++i) {
         if (format == Format::q8_0) {
           const std::byte quant = quants[i / 4 * kPanelRows * 4 + i % 4];
-          to[i] = scale * static_cast<float>(static_cast<int8_t>(quant));
+          to[i] = scale * static_cast<float>(static_cast<int>(quant) - 128);
           continue;
         }
         const auto byte = static_cast<unsigned>(quants[i / 8 * kPanelRows * 4 + i % 4]);

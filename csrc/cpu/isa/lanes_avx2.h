@@ -166,42 +166,64 @@ inline void transpose(Raw (&rows)[16]) {
 struct Ints {
   __m256i lo, hi;
 };
-struct Pairs {
-  __m256i lo, hi;
+// As 16-bit integers: the first and third of each lane, and the second and fourth.
+struct Quads {
+  __m256i even_lo, even_hi, odd_lo, odd_hi;
 };
 
+// One or two rows have registers for two sums, which needn't wait for each other.
+constexpr int sum_parts(int rows) {
+  return rows <= 2 ? 2 : 1;
+}
 inline Ints zero() {
   return {_mm256_setzero_si256(), _mm256_setzero_si256()};
 }
-inline Ints add(Ints a, Ints b) {
-  return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+template <int bits>
+inline Ints shifted_left(int32_t x) {
+  const __m256i shifted = _mm256_slli_epi32(_mm256_set1_epi32(x), bits);
+  return {shifted, shifted};
+}
+inline Ints total(const Ints (&sums)[1]) {
+  return sums[0];
+}
+inline Ints total(const Ints (&sums)[2]) {
+  return {_mm256_add_epi32(sums[0].lo, sums[1].lo), _mm256_add_epi32(sums[0].hi, sums[1].hi)};
 }
 inline Lanes to_float(Ints a) {
   return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)};
 }
-inline Ints dot(Ints a, Pairs weights, int32_t pair) {
+// Bits first .. first + count of each 16-bit half.
+template <int first, int count>
+inline __m256i bits_of(__m256i words) {
+  if constexpr (first > 0) words = _mm256_srli_epi16(words, first);
+  if constexpr (first + count < 16)
+    words = _mm256_and_si256(words, _mm256_set1_epi16((1 << count) - 1));
+  return words;
+}
+inline Quads bytes(Raw raw) {
+  return {bits_of<0, 8>(raw.lo), bits_of<0, 8>(raw.hi), bits_of<8, 8>(raw.lo),
+          bits_of<8, 8>(raw.hi)};
+}
+inline Quads low_nibbles(Raw raw) {
+  return {bits_of<0, 4>(raw.lo), bits_of<0, 4>(raw.hi), bits_of<8, 4>(raw.lo),
+          bits_of<8, 4>(raw.hi)};
+}
+inline Quads high_nibbles(Raw raw) {
+  return {bits_of<4, 4>(raw.lo), bits_of<4, 4>(raw.hi), bits_of<12, 4>(raw.lo),
+          bits_of<12, 4>(raw.hi)};
+}
+inline Ints dot(Ints a, __m256i lo, __m256i hi, int32_t pair) {
   const __m256i x = _mm256_set1_epi32(pair);
-  return {_mm256_add_epi32(a.lo, _mm256_madd_epi16(weights.lo, x)),
-          _mm256_add_epi32(a.hi, _mm256_madd_epi16(weights.hi, x))};
+  return {_mm256_add_epi32(a.lo, _mm256_madd_epi16(lo, x)),
+          _mm256_add_epi32(a.hi, _mm256_madd_epi16(hi, x))};
 }
-inline Pairs even_bytes(Raw raw) {
-  return {_mm256_srai_epi16(_mm256_slli_epi16(raw.lo, 8), 8),
-          _mm256_srai_epi16(_mm256_slli_epi16(raw.hi, 8), 8)};
+// The first word has the first and third activation, the second the others.
+template <int parts>
+inline void dot(Ints (&sums)[parts], Quads weights, const int32_t* x) {
+  sums[0] = dot(sums[0], weights.even_lo, weights.even_hi, x[0]);
+  sums[parts - 1] = dot(sums[parts - 1], weights.odd_lo, weights.odd_hi, x[1]);
 }
-inline Pairs odd_bytes(Raw raw) {
-  return {_mm256_srai_epi16(raw.lo, 8), _mm256_srai_epi16(raw.hi, 8)};
-}
-template <int j>
-inline __m256i nibbles(__m256i bits) {
-  if constexpr (j > 0) bits = _mm256_srli_epi16(bits, 4 * j);
-  if constexpr (j < 3) bits = _mm256_and_si256(bits, _mm256_set1_epi16(15));
-  return bits;
-}
-template <int j>
-inline Pairs nibbles(Raw raw) {
-  return {nibbles<j>(raw.lo), nibbles<j>(raw.hi)};
-}
-inline void store_pairs(int32_t* p, Lanes a) {
+inline void store_quants(int32_t* p, Lanes a) {
   const __m256i halves = _mm256_permute4x64_epi64(
       _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)), 0xD8);
   const __m256i ordered = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(halves, 0xD8), 0xD8);

@@ -17,9 +17,10 @@ struct Raw {
   __m512i v;
 };
 
-// Rows that a product works on together. 32 registers: two sums a row and room for the weights.
-constexpr int max_rows(bool) {
-  return 12;
+// Rows that a product works on together. 32 registers: two sums a row, a third where weights are quantised, and
+// room for the weights.
+constexpr int max_rows(bool quantised) {
+  return quantised ? 8 : 12;
 }
 // Heads that attention works on together, and lanes of values that it then sums up for each.
 constexpr int heads_at_once() {
@@ -136,39 +137,48 @@ inline void transpose(Raw (&rows)[16]) {
 struct Ints {
   __m512i v;
 };
-struct Pairs {
+struct Quads {
   __m512i v;
 };
 
+// An activation is 256 times its upper byte plus its lower one, both signed, because VNNI multiplies bytes; the
+// second sum is of the upper bytes.
+constexpr int sum_parts(int) {
+  return 2;
+}
 inline Ints zero() {
   return {_mm512_setzero_si512()};
 }
-inline Ints add(Ints a, Ints b) {
-  return {_mm512_add_epi32(a.v, b.v)};
+template <int bits>
+inline Ints shifted_left(int32_t x) {
+  return {_mm512_slli_epi32(_mm512_set1_epi32(x), bits)};
+}
+inline Ints total(const Ints (&sums)[2]) {
+  return {_mm512_add_epi32(sums[0].v, _mm512_slli_epi32(sums[1].v, 8))};
 }
 inline Lanes to_float(Ints a) {
   return {_mm512_cvtepi32_ps(a.v)};
 }
-inline Ints dot(Ints a, Pairs weights, int32_t pair) {
-  return {_mm512_dpwssd_epi32(a.v, weights.v, _mm512_set1_epi32(pair))};
+inline Quads bytes(Raw raw) {
+  return {raw.v};
 }
-inline Pairs even_bytes(Raw raw) {
-  return {_mm512_srai_epi16(_mm512_slli_epi16(raw.v, 8), 8)};
+inline Quads low_nibbles(Raw raw) {
+  return {_mm512_and_si512(raw.v, _mm512_set1_epi8(15))};
 }
-inline Pairs odd_bytes(Raw raw) {
-  return {_mm512_srai_epi16(raw.v, 8)};
+inline Quads high_nibbles(Raw raw) {
+  return {_mm512_and_si512(_mm512_srli_epi16(raw.v, 4), _mm512_set1_epi8(15))};
 }
-template <int j>
-inline Pairs nibbles(Raw raw) {
-  __m512i bits = raw.v;
-  if constexpr (j > 0) bits = _mm512_srli_epi16(bits, 4 * j);
-  if constexpr (j < 3) bits = _mm512_and_si512(bits, _mm512_set1_epi16(15));
-  return {bits};
+inline void dot(Ints (&sums)[2], Quads weights, const int32_t* x) {
+  sums[0].v = _mm512_dpbusd_epi32(sums[0].v, weights.v, _mm512_set1_epi32(x[0]));
+  sums[1].v = _mm512_dpbusd_epi32(sums[1].v, weights.v, _mm512_set1_epi32(x[1]));
 }
-inline void store_pairs(int32_t* p, Lanes a) {
-  const __m256i halves = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a.v));
-  const __m256i ordered = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(halves, 0xD8), 0xD8);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), ordered);
+inline void store_quants(int32_t* p, Lanes a) {
+  const __m512i whole = _mm512_cvtps_epi32(a.v);
+  const __m128i lower = _mm512_cvtepi32_epi8(whole);
+  const __m128i upper =
+      _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi32(lower, upper));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 4), _mm_unpackhi_epi32(lower, upper));
 }
 
 }  // namespace

@@ -140,59 +140,62 @@ inline void transpose(Raw (&rows)[16]) {
 struct Ints {
   int32_t v[16];
 };
-// Two 16-bit integers a lane.
-struct Pairs {
-  int16_t v[16][2];
+// Four weights a lane, none negative.
+struct Quads {
+  uint32_t v[16];
 };
 
+// Sums that dot() makes apart, for a product of this many rows; total() brings them together.
+constexpr int sum_parts(int) {
+  return 1;
+}
 inline Ints zero() {
   return {};
 }
-inline Ints add(Ints a, const Ints& b) {
-  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
-  return a;
+// x * 2^bits in all lanes.
+template <int bits>
+inline Ints shifted_left(int32_t x) {
+  Ints out;
+  for (int32_t& lane : out.v) lane = x * (1 << bits);
+  return out;
+}
+inline Ints total(const Ints (&sums)[1]) {
+  return sums[0];
 }
 inline Lanes to_float(Ints a) {
   return each([&](int i) { return static_cast<float>(a.v[i]); });
 }
-// a + first weight * first of the pair + second * second; the pair's first is its lower half.
-inline Ints dot(Ints a, const Pairs& weights, int32_t pair) {
-  const auto first = static_cast<int16_t>(pair & 0xFFFF);
-  const auto second = static_cast<int16_t>(pair >> 16);
-  for (int i = 0; i < 16; ++i) a.v[i] += weights.v[i][0] * first + weights.v[i][1] * second;
-  return a;
-}
-template <class F>
-inline Pairs each_half(const Raw& raw, F f) {
-  Pairs out;
-  for (int i = 0; i < 16; ++i) {
-    out.v[i][0] = f(static_cast<uint16_t>(raw.v[i]));
-    out.v[i][1] = f(static_cast<uint16_t>(raw.v[i] >> 16));
-  }
+// The bytes of each lane; their lower and higher halves.
+inline Quads bytes(const Raw& raw) {
+  Quads out;
+  std::memcpy(out.v, raw.v, sizeof out.v);
   return out;
 }
-// The signed bytes 0 and 2 of each lane, and 1 and 3.
-inline Pairs even_bytes(const Raw& raw) {
-  return each_half(raw, [](uint16_t half) -> int16_t { return static_cast<int8_t>(half); });
+inline Quads low_nibbles(const Raw& raw) {
+  Quads out;
+  for (int i = 0; i < 16; ++i) out.v[i] = raw.v[i] & 0x0F0F0F0F;
+  return out;
 }
-inline Pairs odd_bytes(const Raw& raw) {
-  return each_half(raw, [](uint16_t half) -> int16_t { return static_cast<int8_t>(half >> 8); });
+inline Quads high_nibbles(const Raw& raw) {
+  Quads out;
+  for (int i = 0; i < 16; ++i) out.v[i] = raw.v[i] >> 4 & 0x0F0F0F0F;
+  return out;
 }
-// Nibble j of each half of each lane.
-template <int j>
-inline Pairs nibbles(const Raw& raw) {
-  return each_half(raw, [](uint16_t half) -> int16_t { return half >> 4 * j & 15; });
+// Adds the four weights of each lane times the four 16-bit integers in two words, as store_quants() left
+// them: here the first two in the first word.
+inline void dot(Ints (&sums)[1], const Quads& weights, const int32_t* x) {
+  for (int j = 0; j < 4; ++j) {
+    const auto activation = static_cast<int16_t>(x[j / 2] >> (j % 2 * 16));
+    for (int i = 0; i < 16; ++i)
+      sums[0].v[i] += static_cast<int32_t>(weights.v[i] >> (8 * j) & 255) * activation;
+  }
 }
-// 16 integral floats as 8 pairs: of every four, the first and third, then the second and fourth.
-inline void store_pairs(int32_t* p, Lanes a) {
-  const auto pair = [&](int i, int j) {
+// 16 integral floats in 8 words.
+inline void store_quants(int32_t* p, Lanes a) {
+  for (int i = 0; i < 16; i += 2) {
     const auto low = static_cast<uint16_t>(static_cast<int16_t>(a.v[i]));
-    const auto high = static_cast<uint16_t>(static_cast<int16_t>(a.v[j]));
-    return static_cast<int32_t>(low | static_cast<uint32_t>(high) << 16);
-  };
-  for (int i = 0; i < 16; i += 4) {
-    *p++ = pair(i, i + 2);
-    *p++ = pair(i + 1, i + 3);
+    const auto high = static_cast<uint16_t>(static_cast<int16_t>(a.v[i + 1]));
+    *p++ = static_cast<int32_t>(low | static_cast<uint32_t>(high) << 16);
   }
 }
 

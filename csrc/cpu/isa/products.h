@@ -11,8 +11,8 @@
 // Float weights are widened to float32 and multiplied with the float32 activations; even and odd columns are
 // summed apart, because one chain of additions is slower than memory. Quantised weights stay
 // integers: the activations, rounded to 16 bits with a scale for each block of 32 (quantise() below), are
-// multiplied with them in pairs, and a block's sum is exact in 32 bits. Rounding to 16 bits moves a result
-// by ~2e-5 of its size, a sixtieth of what bfloat16 does.
+// multiplied with them, and a block's sum is exact in 32 bits, however an instruction set comes to it. Rounding
+// to 16 bits moves a result by ~2e-5 of its size, a sixtieth of what bfloat16 does.
 // Rejected: four panels side by side, for more sums to work on (one thread of a Zen 4 then reads 25 GB/s of
 // bf16, 22 of q8_0 and 17 of q4_0 from memory; one panel after the other 29, 28 and 25); widening quants to
 // float32 (three times the instructions: it, not memory, was the bound); activations in 8 bits, as is
@@ -22,13 +22,20 @@
 namespace recycle::RECYCLE_ISA {
 namespace {
 
-// How far ahead of the loads weights are asked for, in bytes. 1024 is as good, 512 and 4096 are slower.
-constexpr int64_t kAhead = 2048;
+// How far ahead of the loads weights are asked for, in bytes: into the L2 cache, where there is more room for
+// requests than on the way to the L1 cache, and from there into L1 shortly before use, so that a load is
+// not what two rows of products wait for.
+constexpr int64_t kAhead = 3072;
+constexpr int64_t kSoon = 640;
 
-// Into the L2 cache: there is more room for requests than on the way to the L1 cache (a tenth faster for
-// weights, a third for the key/value cache).
 inline void fetch(const std::byte* p) {
   __builtin_prefetch(p, 0, 2);
+}
+
+// ahead: what is read kAhead after `now`.
+inline void fetch(const std::byte* ahead, const std::byte* now) {
+  fetch(ahead);
+  __builtin_prefetch(now + kSoon, 0, 3);
 }
 
 // Calls body(begin, end, ahead) for the steps of a panel of `bytes`, `step_bytes` each, in one or two parts: what
@@ -58,9 +65,9 @@ inline void accumulate_plain(const std::byte* panel, int64_t k, const float* x,
   const auto body = [&](int64_t begin, int64_t end, const std::byte* ahead) {
     for (int64_t i = begin; i < end; ++i) {
       const std::byte* weights = panel + i * bytes;
-      fetch(ahead + i * bytes);
+      fetch(ahead + i * bytes, weights);
       if constexpr (format == Format::f32) {
-        fetch(ahead + i * bytes + 64);
+        fetch(ahead + i * bytes + 64, weights + 64);
         const float* floats = reinterpret_cast<const float*>(weights);
         add_columns(load(floats), load(floats + 16), x + i * 2);
       } else if constexpr (format == Format::f16) {
@@ -75,45 +82,39 @@ inline void accumulate_plain(const std::byte* panel, int64_t k, const float* x,
   for (int r = 0; r < R; ++r) out[r] = add(even[r], odd[r]);
 }
 
-// Integer sums of one block of one panel, for each row. A sum of one or two rows is made in two halves, which
-// needn't wait for each other; integers add up to the same in any order.
+// Integer sums of one block of one panel, for each row: of (quant - zero point) * activation, exact in 32 bits.
 template <Format format, int R>
 struct BlockSums {
-  static constexpr int kParts = R <= 2 ? 2 : 1;
-  Ints sum[kParts][R];
+  Ints sum[R][sum_parts(R)];
 
-  BlockSums(const std::byte* quants, const std::byte* ahead, const int32_t* pairs, int64_t ld) {
-    for (auto& part : sum)
-      for (Ints& ints : part) ints = zero();
+  BlockSums(const std::byte* quants, const std::byte* ahead, const int32_t* x,
+            const int32_t* minus_sums, int64_t k) {
+    for (int r = 0; r < R; ++r) {
+      for (Ints& part : sum[r]) part = zero();
+      if constexpr (format != Format::q4_1)
+        sum[r][0] = shifted_left<zero_point_bits(format)>(minus_sums[r * (k / kBlock)]);
+    }
 #pragma GCC unroll 8
     for (int64_t line = 0; line < block_quant_bytes(format) / 64; ++line) {
       const Raw raw = load_raw(quants + line * 64);
-      fetch(ahead + line * 64);
+      fetch(ahead + line * 64, quants + line * 64);
       if constexpr (format == Format::q8_0) {
-        const int32_t* x = pairs + line * 2;
-        add_columns(0, even_bytes(raw), x, ld);
-        add_columns(1, odd_bytes(raw), x + 1, ld);
+        add_columns(bytes(raw), x + line * 2, k / 2);
       } else {
-        const int32_t* x = pairs + line * 4;
-        add_columns(0, nibbles<0>(raw), x, ld);
-        add_columns(1, nibbles<2>(raw), x + 1, ld);
-        add_columns(0, nibbles<1>(raw), x + 2, ld);
-        add_columns(1, nibbles<3>(raw), x + 3, ld);
+        add_columns(low_nibbles(raw), x + line * 4, k / 2);
+        add_columns(high_nibbles(raw), x + line * 4 + 2, k / 2);
       }
     }
   }
-  // Two columns of weights against a pair of activations of each row; a row has `ld` pairs.
-  void add_columns(int part, Pairs weights, const int32_t* pairs, int64_t ld) {
+  // Four columns of weights against four activations of each row, which has `ld` words of them.
+  void add_columns(Quads weights, const int32_t* x, int64_t ld) {
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-      sum[part % kParts][r] = dot(sum[part % kParts][r], weights, pairs[r * ld]);
+    for (int r = 0; r < R; ++r) dot(sum[r], weights, x + r * ld);
   }
-  Lanes of_row(int r) const {
-    return to_float(kParts == 2 ? add(sum[0][r], sum[kParts - 1][r]) : sum[0][r]);
-  }
+  Lanes of_row(int r) const { return to_float(total(sum[r])); }
 };
 
-// The offset of 4-bit weights meets the sum of the block's activations, which is the same for all outputs:
+// The minima of q4_1 meet the sum of the block's activations, which is the same for all outputs:
 // sum(x (d q + m)) = d sum(x q) + m sum(x).
 template <Format format, int R>
 inline void accumulate_quantised(const std::byte* panel, int64_t k, const Activations& x,
@@ -124,18 +125,17 @@ inline void accumulate_quantised(const std::byte* panel, int64_t k, const Activa
     for (int64_t b = begin; b < end; ++b) {
       const int64_t quants = quants_at(format, b);
       const int64_t scales = scales_at(format, b);
-      if (b % blocks_a_line(format) == 0) fetch(ahead + scales);
-      const BlockSums<format, R> block(panel + quants, ahead + quants, x.pairs + b * (kBlock / 2),
-                                       k / 2);
+      if (b % blocks_a_line(format) == 0) fetch(ahead + scales, panel + scales);
+      const BlockSums<format, R> block(panel + quants, ahead + quants, x.quants + b * (kBlock / 2),
+                                       x.minus_sums + b, k);
       const Lanes scale = load_f16(panel + scales);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
         out[r] = fma(mul(scale, splat(x.scales[r * n_blocks + b])), block.of_row(r), out[r]);
-      if constexpr (format != Format::q8_0) {
-        const Lanes offset =
-            format == Format::q4_1 ? load_f16(panel + scales + 32) : mul(scale, splat(-8));
+      if constexpr (format == Format::q4_1) {
+        const Lanes minimum = load_f16(panel + scales + 32);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) out[r] = fma(offset, splat(x.sums[r * n_blocks + b]), out[r]);
+        for (int r = 0; r < R; ++r) out[r] = fma(minimum, splat(x.sums[r * n_blocks + b]), out[r]);
       }
     }
   };
@@ -202,7 +202,8 @@ void product(const Matrix& matrix, int64_t panel, int64_t panels, const Activati
   }
 }
 
-void quantise(const float* x, int64_t n, int32_t* pairs, float* scales, float* sums) {
+void quantise(const float* x, int64_t n, int32_t* quants, float* scales, float* sums,
+              int32_t* minus_sums) {
   for (int64_t b = 0; b < n / kBlock; ++b) {
     const Lanes low = load(x + b * kBlock);
     const Lanes high = load(x + b * kBlock + 16);
@@ -212,15 +213,19 @@ void quantise(const float* x, int64_t n, int32_t* pairs, float* scales, float* s
     const float total = sum(add(low, high));
     // Below, a block is nothing, and dividing by it would overflow.
     const bool counts = largest > 1e-30f;
-    const Lanes up = splat(counts ? 32767 / largest : 0.0f);
+    // The largest number whose upper and lower byte both fit a signed byte, the upper rounded.
+    constexpr float kMost = 127 * 256;
+    const Lanes up = splat(counts ? kMost / largest : 0.0f);
     const Lanes low_quants = round(mul(low, up));
     const Lanes high_quants = round(mul(high, up));
-    store_pairs(pairs + b * 16, low_quants);
-    store_pairs(pairs + b * 16 + 8, high_quants);
+    store_quants(quants + b * 16, low_quants);
+    store_quants(quants + b * 16 + 8, high_quants);
     // What is not finite must show in the result: integers can't hold it, the scale can.
-    scales[b] = (counts ? largest / 32767 : 0.0f) + total * 0.0f;
+    scales[b] = (counts ? largest / kMost : 0.0f) + total * 0.0f;
     // Of the rounded values: so their errors meet d q + m, the weight, and not d q alone.
-    sums[b] = scales[b] * sum(add(low_quants, high_quants));
+    const float quants_sum = sum(add(low_quants, high_quants));
+    sums[b] = scales[b] * quants_sum;
+    minus_sums[b] = quants_sum == quants_sum ? -static_cast<int32_t>(quants_sum) : 0;
   }
 }
 

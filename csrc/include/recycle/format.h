@@ -14,13 +14,14 @@
 //   f16     [k][16] half                                                             2
 //   bf16    [k/2][16][2] bfloat16: two k in one 32-bit lane, widened with one         2
 //           shift or one mask (also the operand order of AVX512_BF16 and AMX)
-//   q8_0    blocks of 32 k in twos: [2][16] half scales, then [2][8][16][4] int8:     1.0625
-//           four k in one lane, the operand order of VNNI dot products
+//   q8_0    blocks of 32 k in twos: [2][16] half scales, then [2][8][16][4] bytes:    1.0625
+//           four k in one lane, the operand order of VNNI dot products;
+//           weight = scale * (byte - 128): those products want their weights unsigned
 //   q4_0    blocks of 32 k in twos: [2][16] half scales, then [2][4][16][4] bytes,    0.5625
 //           low nibbles k..k+3, high nibbles k+4..k+7; weight = scale * (nibble - 8)
 //   q4_1    blocks of 32 k: [16] half scales, [16] half minima, then quants as q4_0;  0.625
 //           weight = scale * nibble + minimum
-// The quantised formats hold exactly the bits of the GGUF blocks of the same name. A cache line of scales
+// The quantised formats hold exactly the numbers of the GGUF blocks of the same name. A cache line of scales
 // stands right before the quants it belongs to (where k / 32 is odd the last line is half empty), so that
 // a panel is read as one stream from end to end.
 //
@@ -63,6 +64,10 @@ constexpr int64_t k_multiple(Format format) {
 // cache line of scales that stands before them.
 constexpr int64_t block_scale_bytes(Format format) {
   return kPanelRows * (format == Format::q4_1 ? 4 : 2);
+}
+// A quant stands for the number quant - zero_point: 2 to the power of this, or the minima say it.
+constexpr int zero_point_bits(Format format) {
+  return format == Format::q8_0 ? 7 : 3;
 }
 constexpr int64_t block_quant_bytes(Format format) {
   return kPanelRows * kBlock / (format == Format::q8_0 ? 1 : 2);
