@@ -25,7 +25,7 @@ namespace {
 // How far ahead of the loads weights are asked for, in bytes: into the L2 cache, where there is more room for
 // requests than on the way to the L1 cache, and from there into L1 shortly before use, so that a load is
 // not what two rows of products wait for.
-constexpr int64_t kAhead = 3072;
+constexpr int64_t kAhead = 8192;
 constexpr int64_t kSoon = 640;
 
 inline void fetch(const std::byte* p) {
