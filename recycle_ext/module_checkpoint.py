@@ -106,7 +106,9 @@ def save_module(
         weights, config_file = path / f".{_WEIGHTS}.new", path / ".config.json.new"
         save_file(tensors, weights)
         config_file.write_text(text, "utf-8")
-        os.chmod(weights, config_file.stat().st_mode)  # safetensors makes files for their owner alone
+        os.chmod(
+            weights, config_file.stat().st_mode
+        )  # safetensors makes files for their owner alone
         for file in (weights, config_file):
             with open(file, "rb+") as stream:
                 os.fsync(stream.fileno())

@@ -119,9 +119,7 @@ class Attention(nn.Module):
             # The new rows end where the cache ends: row r sees all but the last T - 1 - r positions.
             ones = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
             mask = ones.tril(k.shape[2] - q.shape[2])
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, enable_gqa=True
-        )
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(*x.shape[:2], -1))
 
 

@@ -154,10 +154,11 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("data"), "Asks for huge pages under memory that was not written to yet.");
 
-  m.def("read_bandwidth", &recycle::read_bandwidth, py::call_guard<py::gil_scoped_release>(),
-        py::arg("bytes"), py::arg("repeats"),
-        "Bytes a second that the threads read together from a buffer of this size: the median of the "
-        "repeats.");
+  m.def(
+      "read_bandwidth", &recycle::read_bandwidth, py::call_guard<py::gil_scoped_release>(),
+      py::arg("bytes"), py::arg("repeats"),
+      "Bytes a second that the threads read together from a buffer of this size: the median of the "
+      "repeats.");
 
   m.def("pack_rows", &pack_rows, py::arg("format"), py::arg("n"), py::arg("k"),
         py::arg("row_begin"), py::arg("rows"), py::arg("packed"),

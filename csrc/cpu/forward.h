@@ -20,7 +20,7 @@ inline AttentionShape attention_shape(const Stack& stack) {
 
 // One thread's own arrays.
 struct ThreadWork {
-  float* input;    // [rows, widest product input]
+  float* input;     // [rows, widest product input]
   int32_t* quants;  // what Activations has beside the floats, for the widest
   float *scales, *sums;
   int32_t* minus_sums;
