@@ -17,13 +17,14 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from recycle_ext.bench import worker
 from recycle_ext.bench.__main__ import main
-from recycle_ext.bench.contenders import Job, Request, growth, jobs
+from recycle_ext.bench.contenders import Contender, Job, Request, growth, jobs
+from recycle_ext.bench.peers import LlamaCpp, open_system
 from recycle_ext.bench.plot import plot
 from recycle_ext.bench.race import Entry, race, rounds
 from recycle_ext.bench.report import limit_fraction, summary
 from recycle_ext.bench.same_width import matrix_bytes, write_same_width
 from recycle_ext.bench.story import part
-from recycle_ext.bench.systems import LlamaCpp, Ours, open_system
+from recycle_ext.bench.systems import Ours
 from recycle_ext.checkpoint import open_checkpoint
 from recycle_ext.gguf_file import GgufHeader
 
@@ -175,6 +176,26 @@ def test_transformers_beside_ours(model, tmp_path, capsys):
     assert theirs["prefill_tokens_per_second"] > 0
     # The same matrices in the same width; ours has the vectors and what alignment adds, too.
     assert theirs["step_bytes"] <= ours["step_bytes"] < 1.1 * theirs["step_bytes"]
+
+
+def test_torch_compile_writes_what_transformers_writes(model):
+    pytest.importorskip("transformers", reason="the extra `test` brings it")
+    prompt = list(range(5, 25))
+    written = {}
+    for system in ("transformers", "torch.compile"):
+        contender = Contender(system, "standard", "bf16", 1, 1, 0)
+        peer = open_system(Job(contender, str(model), None, prompt, [prompt], 6, 1))
+        tokens = []
+
+        def note(logits, tokens=tokens):
+            tokens.append(int(logits[0, -1].argmax()))
+            return logits
+
+        peer._model.lm_head.register_forward_hook(lambda _, __, logits: note(logits))
+        assert peer.decode(6).tokens == 6
+        written[system] = tokens
+    assert len(written["transformers"]) == 7
+    assert written["torch.compile"] == written["transformers"]
 
 
 # ---- What one measurement counts -----------------------------------------------------------------------
@@ -467,7 +488,10 @@ def test_llama_cpp_reads_and_decodes(default_model):
         (["--modes", "fast"], "--modes has 'fast'; it must be of standard, verify, alternate"),
         (["--modes", ","], "--modes is empty"),
         (["--dtypes", "q8,q5"], "--dtypes has 'q5'; it must be of native, f32, bf16, q8, q4"),
-        (["--peers", "vllm"], "--peers has 'vllm'; it must be of transformers, llama.cpp"),
+        (
+            ["--peers", "vllm"],
+            "--peers has 'vllm'; it must be of transformers, torch.compile, llama.cpp",
+        ),
         (["--drafts", "5"], "--drafts is 5; it must be 1 to 4"),
         (["--threads", "1,two"], "--threads is '1,two'; it must be whole numbers"),
         (["--threads", "257"], "--threads has 257; it must be 1 to 256"),

@@ -18,8 +18,11 @@ OURS = "recycle_ext"
 # Other engines: the package to import and what pip calls it.
 PEERS = {
     "transformers": ("transformers", "transformers accelerate"),
+    "torch.compile": ("transformers", "transformers accelerate"),
     "llama.cpp": ("llama_cpp", "llama-cpp-python"),
 }
+# What of them we drive without batches: llama.cpp's Python package has none.
+ONE_SEQUENCE = ("torch.compile", "llama.cpp")
 
 
 @dataclass(frozen=True)
@@ -133,10 +136,13 @@ def jobs(
                     found.append(job(contender, checkpoint.path, module if drafts else None))
                 for peer in peers:
                     contender = Contender(peer, "standard", width, threads, batch, 0)
-                    if peer == "transformers" and width == "bf16":
+                    if peer in ONE_SEQUENCE and batch > 1:
+                        continue
+                    if peer == "llama.cpp":
+                        if file := file_of(width):
+                            found.append(job(contender, file))
+                    elif width == "bf16":
                         found.append(job(contender, checkpoint.path))
-                    elif peer == "llama.cpp" and batch == 1 and (file := file_of(width)):
-                        found.append(job(contender, file))
     return found
 
 
@@ -166,14 +172,13 @@ def _can_run(
     if importlib.util.find_spec(package) is None:
         note(f"{peer} is left out: it is not installed; `pip install {pip_name}` installs it")
         return False
-    if peer == "transformers":
-        if "bf16" not in request.dtypes:
-            note("transformers is left out: it runs in bf16, which --dtypes does not have")
-            return False
-        return True
-    if Path(checkpoint.path).is_dir():
+    if peer != "llama.cpp" and "bf16" not in request.dtypes:
+        note(f"{peer} is left out: it runs in bf16, which --dtypes does not have")
+        return False
+    if peer == "llama.cpp" and Path(checkpoint.path).is_dir():
         note("llama.cpp is left out: it needs a GGUF file, and this model is a directory")
         return False
-    if request.batches != [1]:
-        note("llama.cpp is left out of batches of more than 1, which its Python package has not")
-    return 1 in request.batches
+    if peer in ONE_SEQUENCE and request.batches != [1]:
+        note(f"{peer} is left out of batches of more than 1: it runs one sequence here")
+        return 1 in request.batches
+    return True

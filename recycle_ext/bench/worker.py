@@ -16,7 +16,8 @@ from typing import TextIO
 
 from recycle_ext import _C
 from recycle_ext.bench.contenders import Job
-from recycle_ext.bench.systems import Decoded, System, open_system
+from recycle_ext.bench.peers import open_system
+from recycle_ext.bench.systems import Decoded, System
 from recycle_ext.errors import RecycleError
 
 COMMAND = [sys.executable, "-m", "recycle_ext.bench.worker"]

@@ -1,0 +1,197 @@
+"""The other engines that are measured beside ours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recycle_ext.bench.contenders import OURS, Job
+from recycle_ext.bench.same_width import matrix_bytes
+from recycle_ext.bench.systems import Decoded, Ours, System
+from recycle_ext.gguf_file import GgufHeader
+
+_HALF = 2  # bytes of a value in the peers' caches
+
+
+def open_system(job: Job) -> System:
+    """Loads what the job asks for."""
+    systems = {
+        OURS: Ours,
+        "transformers": Transformers,
+        "torch.compile": TorchCompile,
+        "llama.cpp": LlamaCpp,
+    }
+    return systems[job.contender.system](job)
+
+
+class _Peer:
+    """What the other systems have in common: no module, and caches of 16 bits."""
+
+    def __init__(self, job: Job, step_bytes: int, formats: str) -> None:
+        self._job = job
+        self.weight_bytes = self.step_bytes = self.standard_step_bytes = step_bytes
+        self.formats = formats
+
+    def _decoded(self, seconds: float, steps: int) -> Decoded:
+        lengths = [len(ids) + steps / 2 for ids in self._job.sequences]
+        return Decoded(
+            seconds,
+            steps,
+            tokens=steps * len(lengths),
+            cache_bytes=sum(lengths) * self._job.cache_values * _HALF,
+        )
+
+
+class Transformers(_Peer):
+    """transformers in bfloat16, with its own ``generate`` and cache."""
+
+    def __init__(self, job: Job) -> None:
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        torch.set_num_threads(job.contender.threads)
+        path = Path(job.model)
+        is_file = path.is_file()
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent if is_file else path,
+            gguf_file=path.name if is_file else None,
+            dtype=torch.bfloat16,
+        ).eval()
+        # Then it neither stops at an end token nor spends time on forbidding it.
+        self._model.generation_config.eos_token_id = None
+        embedding = self._model.get_input_embeddings().weight
+        tied = self._model.get_output_embeddings().weight is embedding
+        matrices = [
+            p for p in self._model.parameters() if p.ndim == 2 and (tied or p is not embedding)
+        ]
+        step_bytes = sum(p.numel() * p.element_size() for p in matrices)
+        super().__init__(job, step_bytes, "bf16")
+
+    def prefill(self, ids: Sequence[int]) -> float:
+        """Seconds from a prompt to its first new token."""
+        start = time.perf_counter()
+        return self._stamps([ids], 1)[0] - start
+
+    def decode(self, new_tokens: int) -> Decoded:
+        """``new_tokens`` for each sequence, after the one that the prefill gives."""
+        stamps = self._stamps(self._job.sequences, new_tokens + 1)
+        return self._decoded(stamps[-1] - stamps[0], len(stamps) - 1)
+
+    @torch.inference_mode()
+    def _stamps(self, sequences: Sequence[Sequence[int]], new_tokens: int) -> list[float]:
+        """Generates; returns when each of the tokens was there."""
+        longest = max(map(len, sequences))
+        ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):  # padded on the left, as generate wants it
+            ids[row, longest - len(sequence) :] = torch.tensor(sequence)
+            mask[row, longest - len(sequence) :] = 1
+        clock = _Clock()
+        self._model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            streamer=clock,
+        )
+        return clock.stamps[1:]  # the first is the prompt
+
+
+class _Clock:
+    """A streamer for ``generate`` that notes when it is handed tokens."""
+
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt at first, then the new token of each sequence."""
+        self.stamps.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+class TorchCompile(Transformers):
+    """transformers' model under ``torch.compile``, with a static cache: a loop of its own, one sequence.
+
+    The first call compiles, which takes a minute; none that is timed does.
+    """
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        from transformers import StaticCache
+
+        longest = max(len(job.prompt), len(job.sequences[0]) + job.new_tokens + 1)
+        # One size for all calls: another would be compiled anew.
+        self._cache = StaticCache(config=self._model.config, max_cache_len=longest + 1)
+        self._step = torch.compile(self._model.forward, dynamic=False)
+
+    @torch.no_grad()
+    def _stamps(self, sequences: Sequence[Sequence[int]], new_tokens: int) -> list[float]:
+        (ids,) = sequences
+        self._cache.reset()
+        # The prompt is read without compiling: each length of one would be compiled anew.
+        token = self._forward(self._model, torch.tensor([ids]), 0)
+        stamps = [time.perf_counter()]
+        for position in range(len(ids), len(ids) + new_tokens - 1):
+            token = self._forward(self._step, token, position)
+            stamps.append(time.perf_counter())
+        return stamps
+
+    def _forward(self, model: Callable, ids: Tensor, position: int) -> Tensor:
+        """The likeliest token after ``ids`` [1, n], which stand at ``position`` and after: [1, 1]."""
+        logits = model(
+            ids,
+            past_key_values=self._cache,
+            cache_position=torch.arange(position, position + ids.shape[1]),
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1:].argmax(-1)
+
+
+class LlamaCpp(_Peer):
+    """llama.cpp through llama-cpp-python, as that package sets it up."""
+
+    def __init__(self, job: Job) -> None:
+        import llama_cpp
+
+        super().__init__(job, *matrix_bytes(GgufHeader(Path(job.model))))
+        self._library = llama_cpp
+        longest = max(len(job.prompt), len(job.sequences[0]) + job.new_tokens)
+        self._llama = llama_cpp.Llama(
+            job.model,
+            n_ctx=longest + 1,
+            n_threads=job.contender.threads,
+            n_threads_batch=job.contender.threads,
+            verbose=False,
+        )
+
+    def prefill(self, ids: Sequence[int]) -> float:
+        """Seconds from a prompt to its first new token."""
+        start = time.perf_counter()
+        self._llama.reset()
+        self._llama.eval(list(ids))
+        self._pick()
+        return time.perf_counter() - start
+
+    def decode(self, new_tokens: int) -> Decoded:
+        """``new_tokens`` after the one that the prefill gives."""
+        self._llama.reset()
+        self._llama.eval(self._job.sequences[0])
+        token = self._pick()
+        start = time.perf_counter()
+        for _ in range(new_tokens):
+            self._llama.eval([token])
+            token = self._pick()
+        return self._decoded(time.perf_counter() - start, new_tokens)
+
+    def _pick(self) -> int:
+        """The likeliest token, by the short way: ``Llama.sample`` builds a chain of samplers each time (0.5 ms)."""
+        logits = self._library.llama_get_logits(self._llama.ctx)
+        return int(np.ctypeslib.as_array(logits, shape=(self._llama.n_vocab(),)).argmax())
