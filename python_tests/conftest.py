@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from recycle_ext.fetch import default_model_path
 # One example may take a while on a shared machine; that is not what is tested.
 hypothesis.settings.register_profile("recycle", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("recycle")
+
+# A shell that runs the tests in the background makes them ignore Ctrl-C, and with them the programs they
+# start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=_C.runnable_isas())
