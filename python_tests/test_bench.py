@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -223,6 +224,9 @@ def test_cache_bytes_are_those_of_the_positions_read(model):
     assert standard.cache_values * 2 == position
     assert Ours(standard).decode(6).cache_bytes == positions * position
     assert Ours(alternate).decode(6).cache_bytes == positions * position * 1.5  # its one layer too
+    in_8_bits = dataclasses.replace(standard, cache_dtype="q8")
+    # A head's 16 values in a byte each, and a scale of four.
+    assert Ours(in_8_bits).decode(6).cache_bytes == positions * position * 20 / 32
 
 
 def test_a_step_may_fill_the_capacity_to_the_last_position(model):

@@ -18,6 +18,7 @@ from recycle_ext.bench.report import heading, phase_tables, report, table
 from recycle_ext.checkpoint import Checkpoint, open_checkpoint
 from recycle_ext.decoder import MODES
 from recycle_ext.errors import RecycleError
+from recycle_ext.kv_cache import CACHE_DTYPES
 from recycle_ext.module_checkpoint import default_module, open_module
 from recycle_ext.packing import DTYPES
 
@@ -43,6 +44,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default="bf16,q8,q4",
         metavar="LIST",
         help=f"of {', '.join(WIDTHS)}; native: a GGUF's own (default: bf16,q8,q4)",
+    )
+    parser.add_argument(
+        "--cache-dtype",
+        choices=CACHE_DTYPES,
+        help="our keys and values (default: f32 for a float32 model, else bf16)",
     )
     parser.add_argument(
         "--modes",
@@ -131,6 +137,7 @@ def check_request(options: argparse.Namespace) -> Request:
     return Request(
         dtypes=dtypes,
         modes=modes,
+        cache_dtype=options.cache_dtype,
         drafts=options.drafts,
         threads=numbers("--threads", options.threads or str(_C.available_cores()), 256),
         batches=numbers("--batch", options.batch),
@@ -179,6 +186,7 @@ def run(options: argparse.Namespace) -> int:
         "new_tokens": request.new_tokens,
         "prompt_tokens": request.prompt_tokens,
         "repeats": options.repeats,
+        "cache_dtype": options.cache_dtype,
     }
     results = report(entries, settings)
     if results["results"]:

@@ -51,6 +51,7 @@ class Job:
     sequences: list[list[int]]  # what is in the caches before decoding is timed, one a sequence
     new_tokens: int  # a sequence
     cache_values: int  # values a position has in the base's cache
+    cache_dtype: str | None = None  # of ours; None: the one that goes with the weights
 
     def as_dict(self) -> dict:
         """For JSON."""
@@ -75,6 +76,7 @@ class Request:
     new_tokens: int
     prompt_tokens: int
     peers: list[str]
+    cache_dtype: str | None = None
 
     def only_standard(self) -> Request:
         """The same without a module."""
@@ -124,6 +126,7 @@ def jobs(
             sequences=[part(ids, 29 * i, request.context + i) for i in range(contender.batch)],
             new_tokens=request.new_tokens,
             cache_values=cache_values(checkpoint.config),
+            cache_dtype=request.cache_dtype,
         )
 
     found = []

@@ -130,6 +130,7 @@ def heading(report: dict) -> str:
         f"{here['date']}\n"
         f"{settings['model_name']}: {settings['new_tokens']} tokens after {settings['context']}, "
         f"a prompt of {settings['prompt_tokens']}, medians of {repeats}"
+        + (f"; our cache in {settings['cache_dtype']}" if settings["cache_dtype"] else "")
     )
 
 

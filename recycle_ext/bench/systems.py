@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from recycle_ext import _C
-from recycle_ext.bench.contenders import Job, cache_values, growth
+from recycle_ext.bench.contenders import Job, growth
 from recycle_ext.decoder import Decoder
 from recycle_ext.generation import load
+from recycle_ext.kv_cache import CACHE_DTYPES
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Ours:
             drafts=max(1, contender.drafts),
             batch=batch,
             capacity=capacity,
-            cache_dtype=self._model.cache_dtype,
+            cache_dtype=CACHE_DTYPES.get(self._job.cache_dtype, self._model.cache_dtype),
         )
 
     def prefill(self, ids: Sequence[int]) -> float:
@@ -99,16 +100,16 @@ class Ours:
         seconds = time.perf_counter() - start
 
         # A step reads the base's cache once and the module's once a draft.
-        values = cache_values(decoder.model.config)
+        position_bytes = decoder.base_cache[:, :, 0, :, 0].nbytes
         offered = steps * decoder.batch * decoder.drafts
         if decoder.drafts:
-            values += decoder.drafts * cache_values(decoder.model.module_config)
+            position_bytes += decoder.drafts * decoder.module_cache[:, :, 0, :, 0].nbytes
         positions = (before + int(decoder.lengths.sum())) / 2
         return Decoded(
             seconds,
             steps,
             tokens,
-            cache_bytes=positions * values * decoder.base_cache.element_size(),
+            cache_bytes=positions * position_bytes,
             acceptance_rate=(tokens - steps * decoder.batch) / offered if offered else None,
         )
 
