@@ -46,9 +46,11 @@ struct AttendTask {
   float* tile = nullptr;  // attend_tile_floats()
 };
 
-// 16 keys, and the scores of a chunk for each row and head of the group.
+// Keys turned side by side; and for each row and head of the group the query, a chunk's scores, the weighted
+// values, their total and the maximum.
+inline constexpr int64_t kMostKeyBlocks = 2;  // of 16
 constexpr int64_t attend_tile_floats(int64_t n_rows, int64_t group, int64_t head_dim) {
-  return 16 * head_dim + n_rows * group * kChunk;
+  return 16 * kMostKeyBlocks * head_dim + n_rows * group * (2 * head_dim + kChunk + 2);
 }
 
 // Rows that go into a product. The rest is read for quantised matrices only: the same rows as 16-bit

@@ -4,12 +4,13 @@
 //   bfloat16  ->  weighted values, total weight and maximum of each (row, head), for one split
 //
 // Online softmax (Milakov and Gimelshein 2018) over chunks of 64 positions; splits are merged afterwards
-// (Flash-Decoding). Bounded by the cache's bytes for one row once the context is long, if what is done for each
-// byte stays little: of 16 keys at a time, positions are laid side by side once for all rows and heads, and a
-// score is a running sum over head_dim in its own lane. Keys and values are widened in registers. The chunk that
-// follows is asked for meanwhile.
+// (Flash-Decoding). Bounded by the cache's bytes for one row, by multiplications from two rows on, so what is
+// done for each byte must stay little: keys are laid side by side, 16 at a time, once for all heads of all rows,
+// and a score is a running sum over head_dim in its own lane; keys and values are widened in registers, once
+// for all heads that fit. The chunk that follows is asked for meanwhile.
 // Rejected: scores as dot products along head_dim, whose horizontal sums cost as much as the products, for
-// every head and row anew; widened copies of whole chunks, which with their sources fill the L1 cache.
+// every head and row anew; widened copies of whole chunks, which with their sources fill the L1 cache; queries in
+// integers for keys in 8 bits (1% faster, 150 times the error).
 // Which positions make a chunk and a split depends on positions alone, so a row's result doesn't depend
 // on how many rows come with it.
 #pragma once
@@ -30,54 +31,81 @@ inline void turn_keys(const std::byte* rows, int64_t count, int64_t head_dim,
   const int64_t n_words = head_dim / values_a_word(type);
   for (int64_t first = 0; first < n_words; first += 16) {
     Raw lines[16];
-    for (int64_t p = 0; p < 16; ++p) {
-      const std::byte* line = rows + p * row_bytes + first * 4;
-      fetch(ahead + p * row_bytes + first * 4);
-      if (p < count && n_words - first >= 16) {
-        lines[p] = load_raw(line);
-        continue;
+    const auto put = [&](int64_t w) { store(words + (first + w) * 16, as_floats(lines[w])); };
+    if (count >= 16 && n_words - first >= 16) {
+      // Of fixed sizes, so that all lines stay in registers.
+#pragma GCC unroll 16
+      for (int64_t p = 0; p < 16; ++p) {
+        lines[p] = load_raw(rows + p * row_bytes + first * 4);
+        fetch(ahead + p * row_bytes + first * 4);
       }
+      transpose(lines);
+#pragma GCC unroll 16
+      for (int64_t w = 0; w < 16; ++w) put(w);
+      continue;
+    }
+    const int64_t present = n_words - first < 16 ? n_words - first : 16;
+    for (int64_t p = 0; p < 16; ++p) {
       alignas(64) std::byte part[64] = {};
-      if (p < count) __builtin_memcpy(part, line, (n_words - first) * 4);
+      if (p < count) __builtin_memcpy(part, rows + p * row_bytes + first * 4, present * 4);
       lines[p] = load_raw(part);
     }
     transpose(lines);
-    for (int64_t w = 0; w < 16 && first + w < n_words; ++w)
-      store(words + (first + w) * 16, as_floats(lines[w]));
+    for (int64_t w = 0; w < present; ++w) put(w);
   }
 }
 
-// scores[h] = q[h] . 16 keys, for H heads. Even and odd elements are summed apart. 8-bit keys count as integers.
-template <CacheType type, int H>
+// scores[h] = q[h] . 16 B keys, for H heads; words [B, head_dim / values_a_word, 16]. Even and odd elements are
+// summed apart. 8-bit keys count as integers.
+template <CacheType type, int H, int B>
 inline void score(const float* q, const float* words, int64_t head_dim, float* scores) {
-  Lanes even[H], odd[H];
-  for (int h = 0; h < H; ++h) even[h] = odd[h] = splat(0);
-  const auto add = [&](Lanes(&sums)[H], Lanes keys, int64_t d) {
-#pragma GCC unroll 4
-    for (int h = 0; h < H; ++h) sums[h] = fma(keys, splat(q[h * head_dim + d]), sums[h]);
+  const int64_t block = head_dim / values_a_word(type) * 16;
+  Lanes even[H][B], odd[H][B];
+  for (int h = 0; h < H; ++h)
+    for (int b = 0; b < B; ++b) even[h][b] = odd[h][b] = splat(0);
+  // Elements d and d + 1 of all keys; f(words of a block) widens them.
+  const auto add_two = [&](int64_t d, auto f) {
+    Lanes first[B], second[B];
+    for (int b = 0; b < B; ++b) f(words + b * block, first[b], second[b]);
+#pragma GCC unroll 8
+    for (int h = 0; h < H; ++h)
+      for (int b = 0; b < B; ++b)
+        even[h][b] = fma(first[b], splat(q[h * head_dim + d]), even[h][b]);
+#pragma GCC unroll 8
+    for (int h = 0; h < H; ++h)
+      for (int b = 0; b < B; ++b)
+        odd[h][b] = fma(second[b], splat(q[h * head_dim + d + 1]), odd[h][b]);
   };
-  for (int64_t d = 0; d < head_dim; d += 4) {
-    if constexpr (type == CacheType::f32) {
-      add(even, load(words + d * 16), d);
-      add(odd, load(words + d * 16 + 16), d + 1);
-      add(even, load(words + d * 16 + 32), d + 2);
-      add(odd, load(words + d * 16 + 48), d + 3);
-    } else if constexpr (type == CacheType::bf16) {
-      const Raw first = load_raw(reinterpret_cast<const std::byte*>(words + d * 8));
-      const Raw second = load_raw(reinterpret_cast<const std::byte*>(words + d * 8 + 16));
-      add(even, bf16_even(first), d);
-      add(odd, bf16_odd(first), d + 1);
-      add(even, bf16_even(second), d + 2);
-      add(odd, bf16_odd(second), d + 3);
-    } else {
-      const Raw four = load_raw(reinterpret_cast<const std::byte*>(words + d * 4));
-      add(even, byte_of<0>(four), d);
-      add(odd, byte_of<1>(four), d + 1);
-      add(even, byte_of<2>(four), d + 2);
-      add(odd, byte_of<3>(four), d + 3);
+  if constexpr (type == CacheType::f32) {
+    for (int64_t d = 0; d < head_dim; d += 2)
+      add_two(d, [&](const float* at, Lanes& first, Lanes& second) {
+        first = load(at + d * 16);
+        second = load(at + d * 16 + 16);
+      });
+  } else if constexpr (type == CacheType::bf16) {
+    for (int64_t d = 0; d < head_dim; d += 2)
+      add_two(d, [&](const float* at, Lanes& first, Lanes& second) {
+        const Raw raw = load_raw(reinterpret_cast<const std::byte*>(at + d * 8));
+        first = bf16_even(raw);
+        second = bf16_odd(raw);
+      });
+  } else {
+    for (int64_t d = 0; d < head_dim; d += 4) {
+      const auto four = [&](const float* at) {
+        return load_raw(reinterpret_cast<const std::byte*>(at + d * 4));
+      };
+      add_two(d, [&](const float* at, Lanes& first, Lanes& second) {
+        first = byte_of<0>(four(at));
+        second = byte_of<1>(four(at));
+      });
+      add_two(d + 2, [&](const float* at, Lanes& first, Lanes& second) {
+        first = byte_of<2>(four(at));
+        second = byte_of<3>(four(at));
+      });
     }
   }
-  for (int h = 0; h < H; ++h) store(scores + h * kChunk, RECYCLE_ISA::add(even[h], odd[h]));
+  for (int h = 0; h < H; ++h)
+    for (int b = 0; b < B; ++b) store(scores + h * kChunk + b * 16, add(even[h][b], odd[h][b]));
 }
 
 // The scales of 8-bit rows.
@@ -115,52 +143,77 @@ inline float soften(int64_t length, float scale, const float* key_scales, const 
   return correction[0];
 }
 
+// 32 values from element i on. Of bfloat16 the even ones come first, which takes half the instructions.
 template <CacheType type>
-inline Lanes load_values(const std::byte* row, int64_t i) {
-  if constexpr (type == CacheType::f32)
-    return load(reinterpret_cast<const float*>(row) + i);
-  else if constexpr (type == CacheType::bf16)
-    return load_bf16(row + i * 2);
-  else
-    return load_int8(row + i);
+inline void load_values(const std::byte* row, int64_t i, Lanes (&values)[2]) {
+  if constexpr (type == CacheType::f32) {
+    values[0] = load(reinterpret_cast<const float*>(row) + i);
+    values[1] = load(reinterpret_cast<const float*>(row) + i + 16);
+  } else if constexpr (type == CacheType::bf16) {
+    const Raw raw = load_raw(row + i * 2);
+    values[0] = bf16_even(raw);
+    values[1] = bf16_odd(raw);
+  } else {
+    values[0] = load_int8(row + i);
+    values[1] = load_int8(row + i + 16);
+  }
 }
 
-// weighted[h] = weighted[h] * correction[h] + weights[h] . values, for H heads and L x 16 elements from `first`.
-template <CacheType type, int H, int L>
-inline void add_values(const float* weights, const float* corrections, const std::byte* values,
-                       int64_t length, int64_t row_bytes, const std::byte* ahead, int64_t first,
-                       float* weighted, int64_t ld) {
+// The last 16, where head_dim is no multiple of 32.
+template <CacheType type>
+inline void load_values(const std::byte* row, int64_t i, Lanes (&values)[1]) {
+  if constexpr (type == CacheType::f32)
+    values[0] = load(reinterpret_cast<const float*>(row) + i);
+  else if constexpr (type == CacheType::bf16)
+    values[0] = load_bf16(row + i * 2);
+  else
+    values[0] = load_int8(row + i);
+}
+
+// Positions [begin, end) of a chunk's values, and what is read after them.
+struct Values {
+  const std::byte* rows;
+  const std::byte* ahead;
+  int64_t row_bytes, head_dim, begin, end;
+};
+
+// weighted[h] = weighted[h] * correction[h] + weights[h] . values, for H heads and L x 16 elements from i on,
+// `step` of which are loaded together.
+template <CacheType type, int H, int L, int step>
+inline void add_values(const float* weights, const float* corrections, const Values& values,
+                       int64_t i, float* weighted) {
   Lanes sums[H][L];
   for (int h = 0; h < H; ++h)
     for (int l = 0; l < L; ++l)
-      sums[h][l] = mul(load(weighted + h * ld + first + l * 16), splat(corrections[h]));
-  for (int64_t p = 0; p < length; ++p) {
-    const std::byte* row = values + p * row_bytes;
-    for (int l = 0; l < L; ++l) {
-      const int64_t i = first + l * 16;
-      const int64_t byte = i * 4 / values_a_word(type);
-      if (byte % 64 == 0) fetch(ahead + p * row_bytes + byte);
-      const Lanes value = load_values<type>(row, i);
+      sums[h][l] = mul(load(weighted + h * values.head_dim + i + l * 16), splat(corrections[h]));
+  for (int64_t p = values.begin; p < values.end; ++p) {
+    const std::byte* row = values.rows + p * values.row_bytes;
 #pragma GCC unroll 4
+    for (int l = 0; l < L; l += step) {
+      const int64_t byte = (i + l * 16) * 4 / values_a_word(type);
+      if (byte % 64 == 0) fetch(values.ahead + p * values.row_bytes + byte);
+      Lanes loaded[step];
+      load_values<type>(row, i + l * 16, loaded);
+#pragma GCC unroll 8
       for (int h = 0; h < H; ++h)
-        sums[h][l] = fma(splat(weights[h * kChunk + p]), value, sums[h][l]);
+        for (int s = 0; s < step; ++s)
+          sums[h][l + s] = fma(splat(weights[h * kChunk + p]), loaded[s], sums[h][l + s]);
     }
   }
   for (int h = 0; h < H; ++h)
-    for (int l = 0; l < L; ++l) store(weighted + h * ld + first + l * 16, sums[h][l]);
+    for (int l = 0; l < L; ++l) store(weighted + h * values.head_dim + i + l * 16, sums[h][l]);
 }
 
 template <CacheType type, int H>
-inline void add_values(const float* weights, const float* corrections, const std::byte* values,
-                       int64_t length, int64_t head_dim, const std::byte* ahead, float* weighted,
-                       int64_t ld) {
+inline void add_values(const float* weights, const float* corrections, const Values& values,
+                       float* weighted) {
   constexpr int L = lanes_for(H);
-  const int64_t row_bytes = cache_row_bytes(type, head_dim);
   int64_t i = 0;
-  for (; i + L * 16 <= head_dim; i += L * 16)
-    add_values<type, H, L>(weights, corrections, values, length, row_bytes, ahead, i, weighted, ld);
-  for (; i < head_dim; i += 16)
-    add_values<type, H, 1>(weights, corrections, values, length, row_bytes, ahead, i, weighted, ld);
+  for (; i + L * 16 <= values.head_dim; i += L * 16)
+    add_values<type, H, L, 2>(weights, corrections, values, i, weighted);
+  for (; i + 32 <= values.head_dim; i += 32)
+    add_values<type, H, 2, 2>(weights, corrections, values, i, weighted);
+  if (i < values.head_dim) add_values<type, H, 1, 1>(weights, corrections, values, i, weighted);
 }
 
 template <CacheType type>
@@ -168,96 +221,152 @@ class Attend {
  public:
   explicit Attend(const AttendTask& task)
       : task_(task),
-        row_bytes_(cache_row_bytes(type, task.head_dim)),
-        words_(task.tile),
-        scores_(task.tile + task.head_dim * 16) {}
+        n_heads_(task.n_rows * task.group),
+        row_bytes_(cache_row_bytes(type, task.head_dim)) {
+    float* tile = task.tile;
+    const auto take = [&](int64_t floats) {
+      float* taken = tile;
+      tile += floats;
+      return taken;
+    };
+    words_ = take(16 * kMostKeyBlocks * task.head_dim);
+    queries_ = take(n_heads_ * task.head_dim);
+    scores_ = take(n_heads_ * kChunk);
+    weighted_ = take(n_heads_ * task.head_dim);
+    totals_ = take(n_heads_);
+    maxima_ = take(n_heads_);
+  }
 
   void run() {
     const int64_t end = task_.first_position + task_.n_rows;  // positions the last row sees
-    clear();
+    start();
     for (int64_t begin = task_.split * kChunk; begin < end; begin += kSplits * kChunk) {
       const int64_t count = end - begin < kChunk ? end - begin : kChunk;
       const int64_t later = begin + kSplits * kChunk;
       const std::byte* keys = task_.keys + begin * row_bytes_;
-      const std::byte* values = task_.values + begin * row_bytes_;
       const std::byte* next_keys = later < end ? task_.keys + later * row_bytes_ : task_.next_keys;
-      const std::byte* next_values =
-          later < end ? task_.values + later * row_bytes_ : task_.next_values;
+      Values values;
+      values.rows = task_.values + begin * row_bytes_;
+      values.ahead = later < end ? task_.values + later * row_bytes_ : task_.next_values;
+      values.row_bytes = row_bytes_;
+      values.head_dim = task_.head_dim;
       if constexpr (type == CacheType::q8) {
         load_scales(keys, count, task_.head_dim, key_scales_);
-        load_scales(values, count, task_.head_dim, value_scales_);
+        load_scales(values.rows, count, task_.head_dim, value_scales_);
       }
-      for (int64_t p = 0; p < count; p += 16) {
-        turn_keys<type>(keys + p * row_bytes_, count - p, task_.head_dim,
-                        next_keys + p * row_bytes_, words_);
-        by_heads([&]<int H>(int64_t r, int64_t g) {
-          if (seen(r, begin) > p)
-            score<type, H>(query(r, g), words_, task_.head_dim, scores(r, g) + p);
+      constexpr int B = key_blocks_at_once();
+      static_assert(B <= kMostKeyBlocks);
+      for (int64_t p = 0; p < count; p += 16 * B) {
+        for (int b = 0; b < B; ++b) {
+          const int64_t first = p + b * 16;
+          turn_keys<type>(keys + first * row_bytes_, count - first, task_.head_dim,
+                          next_keys + first * row_bytes_,
+                          words_ + b * 16 * task_.head_dim / values_a_word(type));
+        }
+        by_heads([&]<int H>(int64_t head) {
+          if (seen(head + H - 1, begin) > p)
+            score<type, H, B>(queries_ + head * task_.head_dim, words_, task_.head_dim,
+                              scores_ + head * kChunk + p);
         });
       }
-      by_heads([&]<int H>(int64_t r, int64_t g) {
-        const int64_t visible = seen(r, begin);
-        const int64_t length = visible < count ? visible : count;
-        if (length <= 0) return;
-        const bool is_q8 = type == CacheType::q8;
-        float corrections[H];
-        for (int h = 0; h < H; ++h)
-          corrections[h] =
-              soften(length, scale_, is_q8 ? key_scales_ : nullptr, is_q8 ? value_scales_ : nullptr,
-                     maximum(r, g + h), total(r, g + h), scores(r, g + h));
-        add_values<type, H>(scores(r, g), corrections, values, length, task_.head_dim, next_values,
-                            weighted(r, g), kSplits * task_.head_dim);
-      });
+      by_heads([&]<int H>(int64_t head) { weigh<H>(head, begin, count, values); });
     }
+    finish();
   }
 
  private:
-  // f<H>(row, first head) for all heads of all rows, H of them at a time.
-  template <class F>
-  void by_heads(F f) const {
-    constexpr int kMost = heads_at_once();
-    for (int64_t r = 0; r < task_.n_rows; ++r) {
-      int64_t g = 0;
-      for (; g + kMost <= task_.group; g += kMost) f.template operator()<kMost>(r, g);
-      const int64_t left = task_.group - g;
-      if (left == 1) f.template operator()<1>(r, g);
-      if constexpr (kMost > 2)
-        if (left == 2) f.template operator()<2>(r, g);
-      if constexpr (kMost > 3)
-        if (left == 3) f.template operator()<3>(r, g);
+  // Weights and weighted values of H heads in a chunk. A later row sees more of it than an earlier one: what all
+  // see is done together.
+  template <int H>
+  void weigh(int64_t head, int64_t begin, int64_t count, Values values) {
+    const bool is_q8 = type == CacheType::q8;
+    int64_t lengths[H];
+    float corrections[H];
+    for (int h = 0; h < H; ++h) {
+      const int64_t visible = seen(head + h, begin);
+      lengths[h] = visible < 0 ? 0 : visible < count ? visible : count;
+      corrections[h] = lengths[h] == 0 ? 1.0f
+                                       : soften(lengths[h], scale_, is_q8 ? key_scales_ : nullptr,
+                                                is_q8 ? value_scales_ : nullptr, maxima_ + head + h,
+                                                totals_ + head + h, scores_ + (head + h) * kChunk);
+    }
+    values.begin = 0;
+    values.end = lengths[0];
+    add_values<type, H>(scores_ + head * kChunk, corrections, values,
+                        weighted_ + head * task_.head_dim);
+    values.begin = lengths[0];
+    for (int h = 1; h < H; ++h) {
+      if (lengths[h] == lengths[0]) continue;
+      constexpr float kKept = 1;
+      values.end = lengths[h];
+      add_values<type, 1>(scores_ + (head + h) * kChunk, &kKept, values,
+                          weighted_ + (head + h) * task_.head_dim);
     }
   }
 
-  void clear() {
-    for (int64_t r = 0; r < task_.n_rows; ++r)
-      for (int64_t g = 0; g < task_.group; ++g) {
-        *maximum(r, g) = -__builtin_inff();
-        *total(r, g) = 0;
-        for (int64_t i = 0; i < task_.head_dim; i += 16) store(weighted(r, g) + i, splat(0));
-      }
+  // f<H>(first head) for all heads of all rows: as few calls as registers allow, of about the same size.
+  template <class F>
+  void by_heads(F f) const {
+    const int64_t calls = (n_heads_ + heads_at_once() - 1) / heads_at_once();
+    for (int64_t call = 0; call < calls; ++call) {
+      const int64_t head = n_heads_ * call / calls;
+      with_heads<1>(n_heads_ * (call + 1) / calls - head, head, f);
+    }
+  }
+  template <int H, class F>
+  static void with_heads(int64_t count, int64_t head, F f) {
+    if (count == H)
+      f.template operator()<H>(head);
+    else if constexpr (H < heads_at_once())
+      with_heads<H + 1>(count, head, f);
   }
 
-  // Positions of the chunk at `begin` that row r sees; may be more than the chunk has, or less than 0.
-  int64_t seen(int64_t r, int64_t begin) const { return task_.first_position + r + 1 - begin; }
-  const float* query(int64_t r, int64_t g) const {
-    return task_.q + r * task_.ld_q + g * task_.head_dim;
+  void start() {
+    for (int64_t head = 0; head < n_heads_; ++head) {
+      const float* q =
+          task_.q + head / task_.group * task_.ld_q + head % task_.group * task_.head_dim;
+      for (int64_t i = 0; i < task_.head_dim; i += 16) {
+        store(queries_ + head * task_.head_dim + i, load(q + i));
+        store(weighted_ + head * task_.head_dim + i, splat(0));
+      }
+      maxima_[head] = -__builtin_inff();
+      totals_[head] = 0;
+    }
   }
-  float* scores(int64_t r, int64_t g) const { return scores_ + (r * task_.group + g) * kChunk; }
-  float* maximum(int64_t r, int64_t g) const {
-    return task_.maximum + r * task_.ld_total + g * kSplits;
+
+  // Results to where they belong, values in the order of the model.
+  void finish() const {
+    const int64_t paired = type == CacheType::bf16 ? task_.head_dim / 32 * 32 : 0;
+    for (int64_t head = 0; head < n_heads_; ++head) {
+      const int64_t r = head / task_.group;
+      const int64_t g = head % task_.group;
+      task_.maximum[r * task_.ld_total + g * kSplits] = maxima_[head];
+      task_.total[r * task_.ld_total + g * kSplits] = totals_[head];
+      const float* from = weighted_ + head * task_.head_dim;
+      float* to = task_.weighted + r * task_.ld_weighted + g * kSplits * task_.head_dim;
+      for (int64_t i = 0; i < paired; i += 32)
+        for (int64_t j = 0; j < 16; ++j) {
+          to[i + 2 * j] = from[i + j];
+          to[i + 2 * j + 1] = from[i + 16 + j];
+        }
+      for (int64_t i = paired; i < task_.head_dim; i += 16) store(to + i, load(from + i));
+    }
   }
-  float* total(int64_t r, int64_t g) const {
-    return task_.total + r * task_.ld_total + g * kSplits;
-  }
-  float* weighted(int64_t r, int64_t g) const {
-    return task_.weighted + r * task_.ld_weighted + g * kSplits * task_.head_dim;
+
+  // Positions of the chunk at `begin` that a head's row sees; may be more than the chunk has, or less than 0.
+  int64_t seen(int64_t head, int64_t begin) const {
+    return task_.first_position + head / task_.group + 1 - begin;
   }
 
   const AttendTask& task_;
+  const int64_t n_heads_;  // of all rows
   const int64_t row_bytes_;
   const float scale_ = 1 / __builtin_sqrtf(static_cast<float>(task_.head_dim));
-  float* words_;   // [head_dim, 16]
-  float* scores_;  // [rows, group, kChunk]
+  float* queries_;           // [heads, head_dim], of all rows one after the other
+  float* words_;             // [key_blocks_at_once(), head_dim / values_a_word, 16]
+  float* scores_;            // [heads, kChunk]
+  float* weighted_;          // [heads, head_dim], as load_values() orders them
+  float *totals_, *maxima_;  // [heads]
   alignas(64) float key_scales_[kChunk];
   alignas(64) float value_scales_[kChunk];
 };

@@ -21,12 +21,17 @@ struct Raw {
 constexpr int max_rows(bool quantised) {
   return quantised ? 4 : 2;
 }
-// Heads that attention works on together, and lanes of values that it then sums up for each.
+// Heads that attention works on together, and lanes of values (an even number) that it then sums up for each.
 constexpr int heads_at_once() {
   return 2;
 }
 constexpr int lanes_for(int heads) {
-  return heads == 1 ? 4 : heads <= 3 ? 2 : 1;
+  return heads == 1 ? 4 : 2;
+}
+
+// Blocks of 16 keys that scores are made for together, at most kMostKeyBlocks.
+constexpr int key_blocks_at_once() {
+  return 1;
 }
 
 inline Lanes splat(float x) {

@@ -22,12 +22,17 @@ struct Raw {
 constexpr int max_rows(bool quantised) {
   return quantised ? 8 : 12;
 }
-// Heads that attention works on together, and lanes of values that it then sums up for each.
+// Heads that attention works on together, and lanes of values (an even number) that it then sums up for each.
 constexpr int heads_at_once() {
-  return 4;
+  return 6;
 }
 constexpr int lanes_for(int) {
   return 4;
+}
+
+// Blocks of 16 keys that scores are made for together, at most kMostKeyBlocks.
+constexpr int key_blocks_at_once() {
+  return 2;
 }
 
 inline Lanes splat(float x) {

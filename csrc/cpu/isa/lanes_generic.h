@@ -23,11 +23,16 @@ struct Raw {
 constexpr int max_rows(bool) {
   return 4;
 }
-// Heads that attention works on together, and lanes of values that it then sums up for each.
+// Heads that attention works on together, and lanes of values (an even number) that it then sums up for each.
 constexpr int heads_at_once() {
   return 4;
 }
 constexpr int lanes_for(int) {
+  return 2;
+}
+
+// Blocks of 16 keys that scores are made for together, at most kMostKeyBlocks.
+constexpr int key_blocks_at_once() {
   return 1;
 }
 

@@ -60,14 +60,15 @@ constexpr int64_t k_multiple(Format format) {
   return is_quantised(format) ? kBlock : kPanelRows;
 }
 
+// A quant stands for the number quant - zero_point: 2 to the power of this, or the minima say it.
+constexpr int zero_point_bits(Format format) {
+  return format == Format::q8_0 ? 7 : 3;
+}
+
 // Quantised formats: bytes of a block's scales (and minima), of its quants, and how many blocks share the
 // cache line of scales that stands before them.
 constexpr int64_t block_scale_bytes(Format format) {
   return kPanelRows * (format == Format::q4_1 ? 4 : 2);
-}
-// A quant stands for the number quant - zero_point: 2 to the power of this, or the minima say it.
-constexpr int zero_point_bits(Format format) {
-  return format == Format::q8_0 ? 7 : 3;
 }
 constexpr int64_t block_quant_bytes(Format format) {
   return kPanelRows * kBlock / (format == Format::q8_0 ? 1 : 2);
