@@ -33,6 +33,7 @@ def write_base(
     n_kv_heads: int = 2,
     head_dim: int = 16,
     tied: bool = True,
+    context: int = 512,
 ) -> Checkpoint:
     """A random base model as a Hugging Face directory."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +49,7 @@ def write_base(
         "head_dim": head_dim,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": context,
         "tie_word_embeddings": tied,
         "hidden_act": "silu",
         "bos_token_id": 1,

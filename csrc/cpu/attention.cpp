@@ -5,11 +5,11 @@
 // together: they read the same keys and values.
 #include "attention.h"
 
-#include <bit>
 #include <cmath>
 #include <cstring>
 
 #include "recycle/attention.h"
+#include "recycle/numbers.h"
 
 namespace recycle {
 
@@ -29,13 +29,6 @@ void rotate(float* head, const float* cos, const float* sin, int64_t head_dim) {
     head[i] = low * cos[i] - high * sin[i];
     head[i + half] = high * cos[i] + low * sin[i];
   }
-}
-
-// Rounds to nearest even; a NaN stays one.
-uint16_t to_bf16(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if ((bits & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
 // A row in 8 bits, each value rounded to nearest even. The scale tells if one wasn't finite: bytes can't.

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "arena.h"
 #include "isa.h"
+#include "recycle/arena.h"
 #include "recycle/kv_cache.h"
 #include "recycle/parallel.h"
 #include "rows.h"

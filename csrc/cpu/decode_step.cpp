@@ -15,10 +15,10 @@
 #include <algorithm>
 #include <cstring>
 
-#include "arena.h"
 #include "forward.h"
 #include "head.h"
 #include "pack.h"
+#include "recycle/arena.h"
 #include "recycle/random.h"
 #include "sampling.h"
 

@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "arena.h"
 #include "attention.h"
 #include "isa.h"
+#include "recycle/arena.h"
 #include "recycle/kv_cache.h"
 #include "recycle/model.h"
 #include "recycle/parallel.h"

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-#include "arena.h"
 #include "forward.h"
 #include "isa.h"
+#include "recycle/arena.h"
 #include "recycle/head.h"
 #include "recycle/parallel.h"
 

@@ -3,10 +3,10 @@
 // way, for looking up an embedding in a matrix that is also the output head.
 #include "pack.h"
 
-#include <bit>
 #include <cstring>
 
 #include "recycle/format.h"
+#include "recycle/numbers.h"
 
 namespace recycle {
 
@@ -63,16 +63,6 @@ void pack_q4(Format format, const std::byte* row, int64_t k, int64_t lane, std::
 }
 
 }  // namespace
-
-float half_to_float(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-  const uint32_t exponent = half >> 10 & 31;
-  const uint32_t mantissa = half & 0x3FF;
-  if (exponent == 31) return std::bit_cast<float>(sign | 0x7F800000 | mantissa << 13);
-  if (exponent != 0) return std::bit_cast<float>(sign | (exponent + 112) << 23 | mantissa << 13);
-  const float subnormal = static_cast<float>(mantissa) * 0x1p-24f;
-  return sign != 0 ? -subnormal : subnormal;
-}
 
 void pack_rows(Format format, int64_t k, int64_t row_begin, int64_t rows,
                const std::byte* rows_data, std::byte* packed) {
@@ -137,7 +127,7 @@ void unpack_row(const Matrix& matrix, int64_t row, float* out) {
       out[i] = half(panel + at * 2);
     } else {
       const auto bits = read<uint16_t>(panel + ((i / 2 * kPanelRows + lane) * 2 + i % 2) * 2);
-      out[i] = std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+      out[i] = bf16_to_float(bits);
     }
   }
 }

@@ -7,8 +7,6 @@
 
 namespace recycle {
 
-float half_to_float(uint16_t half);
-
 // Row `row` of the matrix as float32, [k].
 void unpack_row(const Matrix& matrix, int64_t row, float* out);
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../pack.h"
+#include "recycle/numbers.h"
 
 namespace recycle::generic {
 namespace {

@@ -131,7 +131,9 @@ struct Matrix {
   int64_t n = 0;  // outputs
   int64_t k = 0;  // inputs
 
-  const std::byte* panel(int64_t index) const { return data + index * panel_bytes(format, k); }
+  constexpr const std::byte* panel(int64_t index) const {
+    return data + index * panel_bytes(format, k);
+  }
 };
 
 // Packs rows [row_begin, row_begin + rows) of a matrix into `packed`. `rows_data` holds them row by

@@ -1,0 +1,173 @@
+// The decode step as a row of kernels: csrc/cpu/decode_step.cpp says what it computes. A layer is five of them (q, k
+// and v; attention; output; gate and up; down), and between the passes stands one for the choice or a draft.
+//
+// Bounded by reading the weights; what is lost is where one kernel ends and the next one fills the GPU again. On
+// Hopper the next one starts early and asks for its weights meanwhile (device.h). 24 layers are 120 kernels.
+#include "step.h"
+
+#include "recycle/arena.h"
+#include "sequence.h"
+
+namespace recycle::cuda {
+
+namespace {
+
+constexpr int kSplits = 16;
+
+struct Work {
+  SequenceArrays sequences;
+  AttentionArrays attention;
+  float* activation;  // [rows, intermediate]
+  HeadBests base_bests, module_bests;
+
+  void take(Arena& arena, const Model& model, int64_t batch, int64_t drafts,
+            const Launcher& launcher) {
+    const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
+    const Stack& a = model.base.stack;
+    const Stack& b = model.has_module ? model.module.stack : a;
+    const int64_t width = drafts + 1;
+    const int64_t rows = batch * width;
+    const int64_t q = larger(a.q_size(), b.q_size());
+    const int64_t kv = larger(a.kv_size(), b.kv_size());
+    const int64_t heads = larger(a.n_heads, b.n_heads);
+    sequences.x = arena.take<float>(rows * a.hidden);
+    sequences.module_x = arena.take<float>(drafts > 0 ? rows * a.hidden : 0);
+    sequences.pair = arena.take<float>(drafts > 0 ? rows * 2 * a.hidden : 0);
+    sequences.positions = arena.take<int>(rows);
+    sequences.head_rows = arena.take<int>(rows);
+    sequences.draft_rows = arena.take<int>(batch);
+    sequences.draft_positions = arena.take<int>(batch);
+    sequences.new_pending = arena.take<int64_t>(rows);
+    sequences.grown = arena.take<int64_t>(batch);
+    sequences.n_arrived =
+        static_cast<int>(larger(counters(a, batch, width), counters(b, batch, width)));
+    sequences.arrived = arena.take<unsigned>(sequences.n_arrived);
+    attention.q = arena.take<float>(rows * q);
+    attention.k = arena.take<float>(rows * kv);
+    attention.v = arena.take<float>(rows * kv);
+    attention.out = arena.take<float>(rows * q);
+    attention.weighted = arena.take<float>(kSplits * rows * q);
+    attention.total = arena.take<float>(kSplits * rows * heads);
+    attention.maximum = arena.take<float>(kSplits * rows * heads);
+    attention.arrived = sequences.arrived;
+    activation = arena.take<float>(rows * larger(a.intermediate, b.intermediate));
+    take_bests(arena, model.base.head, rows, launcher, base_bests);
+    if (drafts > 0) take_bests(arena, model.module.head, batch, launcher, module_bests);
+  }
+
+ private:
+  static int64_t counters(const Stack& stack, int64_t batch, int64_t width) {
+    return batch * stack.n_kv_heads * query_tiles(width, stack.n_heads / stack.n_kv_heads);
+  }
+  static void take_bests(Arena& arena, const Matrix& head, int64_t rows, const Launcher& launcher,
+                         HeadBests& bests) {
+    bests.blocks = launcher.blocks(n_panels(head.n));
+    bests.value = arena.take<float>(rows * bests.blocks);
+    bests.id = arena.take<int>(rows * bests.blocks);
+  }
+};
+
+class Step {
+ public:
+  Step(const DecodeState& state, const Work& work, Launcher& launcher)
+      : state_(state), model_(*state.model), work_(work), launcher_(launcher) {}
+
+  void decode(int64_t* tokens, int64_t* counts) {
+    const int batch = static_cast<int>(state_.batch);
+    const int width = static_cast<int>(state_.drafts) + 1;
+    SequenceCall call;
+    call.model = &model_;
+    call.state = state_;
+    call.capacity = state_.base_cache.capacity;
+    if (state_.drafts > 0 && state_.module_cache.capacity < call.capacity)
+      call.capacity = state_.module_cache.capacity;
+    call.arrays = work_.sequences;
+    call.tokens = tokens;
+    call.counts = counts;
+
+    begin_step(launcher_, call);
+    const RowMap rows{batch, width, work_.sequences.positions};
+    layers(model_.base.stack, state_.base_cache, rows, work_.sequences.x);
+    const bool asks_every_row = state_.mode == Mode::verify;
+    scan_head(launcher_, model_.base.head,
+              {work_.sequences.x, work_.sequences.head_rows, asks_every_row ? rows.n() : batch,
+               model_.base.final_norm, model_.base.final_norm != nullptr, model_.base.stack.eps},
+              nullptr, work_.base_bests);
+    choose(launcher_, call, work_.base_bests);
+
+    const Module& module = model_.module;
+    for (int draft = 0; draft < state_.drafts; ++draft) {
+      const RowMap seen = draft == 0 ? rows : RowMap{batch, 1, work_.sequences.draft_positions};
+      project(launcher_, module.input_proj, module.input_bias,
+              {work_.sequences.pair, nullptr, seen.n()}, false, work_.sequences.module_x);
+      layers(module.stack, state_.module_cache, seen, work_.sequences.module_x);
+      scan_head(launcher_, module.head,
+                {work_.sequences.module_x, work_.sequences.draft_rows, batch, module.output_norm,
+                 module.output_norm != nullptr, module.stack.eps},
+                nullptr, work_.module_bests);
+      take_draft(launcher_, call, work_.module_bests, draft);
+    }
+  }
+
+ private:
+  void layers(const Stack& stack, const KvCache& cache, const RowMap& rows, float* x) {
+    for (int64_t index = 0; index < stack.n_layers; ++index) {
+      const Layer layer = stack.layer(index);
+      const auto normed = [&](const float* norm) {
+        return Input{x, nullptr, rows.n(), norm, norm != nullptr, stack.eps};
+      };
+      project_qkv(launcher_, stack, layer, normed(layer.input_norm), work_.attention);
+      AttentionCall call;
+      call.rows = rows;
+      call.n_heads = static_cast<int>(stack.n_heads);
+      call.n_kv_heads = static_cast<int>(stack.n_kv_heads);
+      call.head_dim = static_cast<int>(stack.head_dim);
+      call.inv_freq = stack.inv_freq;
+      call.q_norm = layer.q_norm;
+      call.k_norm = layer.k_norm;
+      call.eps = stack.eps;
+      call.cache = cache;
+      call.layer = index;
+      call.arrays = work_.attention;
+      attend(launcher_, call);
+      project(launcher_, layer.o, nullptr, {work_.attention.out, nullptr, rows.n()}, true, x);
+      gate_up(launcher_, stack, layer, normed(layer.post_norm), work_.activation);
+      project(launcher_, layer.down, nullptr, {work_.activation, nullptr, rows.n()}, true, x);
+    }
+  }
+
+  const DecodeState& state_;
+  const Model& model_;
+  const Work& work_;
+  Launcher& launcher_;
+};
+
+Launcher launcher_for(const Device& device, void* stream) {
+  Launcher launcher;
+  launcher.stream = static_cast<Stream>(stream);
+  launcher.multiprocessors = device.multiprocessors;
+  launcher.overlap = device.overlap;
+  return launcher;
+}
+
+}  // namespace
+
+int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t drafts, bool,
+                             const Device& device) {
+  Arena arena(nullptr);
+  Work work;
+  work.take(arena, model, batch, drafts, launcher_for(device, nullptr));
+  return arena.used();
+}
+
+bool decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts, const Device& device,
+                 void* stream) {
+  Launcher launcher = launcher_for(device, stream);
+  Arena arena(state.scratch);
+  Work work;
+  work.take(arena, *state.model, state.batch, state.drafts, launcher);
+  Step(state, work, launcher).decode(tokens, counts);
+  return launcher.ok;
+}
+
+}  // namespace recycle::cuda
