@@ -24,6 +24,10 @@ struct EmulatedState {
   std::byte* module_cache;
   int64_t module_capacity;
   int64_t *pending, *lengths;
+  float* draft_probs;
+  float temperature, top_p;
+  int64_t top_k;
+  const int64_t* seeds;
   std::byte* scratch;
 };
 
@@ -32,10 +36,13 @@ int64_t emulated_scratch_bytes(const EmulatedState* given) {
   if (recycle::read_plan(given->plan, given->plan_length, given->weights, given->weights_bytes,
                          &model) != nullptr)
     return -1;
-  return recycle::cuda::decode_scratch_bytes(model, given->batch, given->drafts, true, kDevice);
+  return recycle::cuda::decode_scratch_bytes(model, given->batch, given->drafts,
+                                             given->temperature == 0, kDevice);
 }
 
-const char* emulated_decode_step(const EmulatedState* given, int64_t* tokens, int64_t* counts) {
+// first_of: -1, or the sequence whose prefill ends.
+const char* emulated_decode_step(const EmulatedState* given, int64_t first_of, int64_t* tokens,
+                                 int64_t* counts) {
   recycle::Model model;
   const char* wrong = recycle::read_plan(given->plan, given->plan_length, given->weights,
                                          given->weights_bytes, &model);
@@ -55,8 +62,14 @@ const char* emulated_decode_step(const EmulatedState* given, int64_t* tokens, in
     state.module_cache = cache(given->module_cache, given->module_capacity, model.module.stack);
   state.pending = given->pending;
   state.lengths = given->lengths;
+  state.draft_probs = given->draft_probs;
+  state.sampling = {given->temperature, given->top_k, given->top_p, given->seeds};
   state.scratch = given->scratch;
-  return recycle::cuda::decode_step(state, tokens, counts, kDevice, nullptr) ? nullptr : "refused";
+  const bool started =
+      first_of < 0
+          ? recycle::cuda::decode_step(state, tokens, counts, kDevice, nullptr)
+          : recycle::cuda::finish_prefill(state, first_of, tokens, counts, kDevice, nullptr);
+  return started ? nullptr : "refused";
 }
 
 }  // extern "C"

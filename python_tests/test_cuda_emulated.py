@@ -46,6 +46,11 @@ class State(ctypes.Structure):
         ("module_capacity", ctypes.c_int64),
         ("pending", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p),
+        ("draft_probs", ctypes.c_void_p),
+        ("temperature", ctypes.c_float),
+        ("top_p", ctypes.c_float),
+        ("top_k", ctypes.c_int64),
+        ("seeds", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
     )  # fmt: skip
 
@@ -83,6 +88,8 @@ class Emulated:
         self.base_cache = decoder.base_cache.clone()
         self.module_cache = decoder.module_cache.clone()
         self.pending, self.lengths = decoder.pending.clone(), decoder.lengths.clone()
+        self.draft_probs = decoder.draft_probs.clone()
+        temperature, top_k, top_p, self.seeds = decoder._sampling
         model = decoder.model
         self.state = State(
             plan=model.plan.data_ptr(),
@@ -99,16 +106,22 @@ class Emulated:
             module_capacity=self.module_cache.shape[4] if decoder.drafts else 0,
             pending=self.pending.data_ptr(),
             lengths=self.lengths.data_ptr(),
+            draft_probs=self.draft_probs.data_ptr(),
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seeds=self.seeds.data_ptr(),
         )
         size = library.emulated_scratch_bytes(ctypes.byref(self.state))
         # Full of NaN: what a kernel reads it must have been given.
         self.scratch = torch.full((size,), 255, dtype=torch.uint8)
         self.state.scratch = self.scratch.data_ptr()
 
-    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, first_of: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, counts = torch.empty_like(self.pending), torch.empty_like(self.lengths)
         wrong = self.library.emulated_decode_step(
             ctypes.byref(self.state),
+            ctypes.c_int64(first_of),
             ctypes.c_void_p(tokens.data_ptr()),
             ctypes.c_void_p(counts.data_ptr()),
         )
@@ -138,9 +151,11 @@ def compare(library, decoder, steps) -> int:
     return accepted
 
 
-def decoder_of(packed, mode="standard", drafts=1, cache_dtype=torch.bfloat16, prompts=(PROMPT,)):
+def decoder_of(
+    packed, mode="standard", drafts=1, cache_dtype=torch.bfloat16, prompts=(PROMPT,), **sampling
+):
     decoder = Decoder(
-        packed, mode, drafts, batch=len(prompts), capacity=400, cache_dtype=cache_dtype
+        packed, mode, drafts, len(prompts), capacity=400, cache_dtype=cache_dtype, **sampling
     )
     for sequence, prompt in enumerate(prompts):
         if prompt:
@@ -233,6 +248,31 @@ def test_sequences_of_different_lengths_and_an_idle_one(tmp_path, library):
     compare(library, decoder_of(packed, "verify", 2, torch.float32, prompts), 4)
 
 
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (1.5, 50, 0.95), (1.0, 1, 1.0), (0.8, 0, 0.6), (1.2, 7, 1.0)],
+)
+@pytest.mark.parametrize("mode", ["standard", "verify", "alternate"])
+@pytest.mark.parametrize("draft_vocab_size", [0, 60])
+def test_sampled_steps_draw_what_the_cpu_draws(
+    tmp_path, library, mode, temperature, top_k, top_p, draft_vocab_size
+):
+    base = write_base(tmp_path / "base", vocab_size=301)
+    module = write_module(tmp_path / "module", base, draft_vocab_size=draft_vocab_size)
+    decoder = decoder_of(
+        pack_model(base, module, "f32"),
+        mode,
+        2,
+        torch.float32,
+        [PROMPT, [3, 4]],
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seeds=[2**45 + 11, 5],
+    )
+    compare(library, decoder, 8)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "q8"])
 @pytest.mark.parametrize("drafts", [1, 2, 4])
 def test_verify_writes_the_bits_of_standard(tmp_path, library, dtype, drafts):
@@ -284,3 +324,32 @@ def test_lengths_and_tokens_out_of_range_touch_nothing(tmp_path, library, length
     assert tokens[0].tolist() == [-1] * 3
     assert torch.equal(emulated.base_cache[:, :, 0], caches[0])
     assert torch.equal(emulated.module_cache[:, :, 0], caches[1])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("mode", "drafts"), [("standard", 1), ("verify", 1), ("verify", 3), ("alternate", 2)]
+)
+def test_the_last_token_of_a_prompt(tmp_path, library, mode, drafts, temperature):
+    """It runs as a step of its own sequence, which then has what a prefill leaves; others are left alone."""
+    base = write_base(tmp_path / "base")
+    packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
+    prompts, seeds = [[9] * 20, PROMPT], [3, 4]
+    decoder = decoder_of(
+        packed, mode, drafts, torch.float32, prompts, temperature=temperature, seeds=seeds
+    )
+    emulated = Emulated(library, decoder)
+    emulated.pending[1] = 0
+    emulated.pending[1, 0] = PROMPT[-1]
+    emulated.lengths[1] = len(PROMPT) - 1
+    tokens, counts = emulated.step(first_of=1)
+    assert counts.tolist() == [0, 1]
+    assert tokens[1, 0] == decoder.pending[1, 0]
+    assert torch.equal(emulated.pending, decoder.pending)
+    assert torch.equal(emulated.lengths, decoder.lengths)
+    torch.testing.assert_close(emulated.draft_probs, decoder.draft_probs, rtol=1e-4, atol=1e-6)
+    rows = len(PROMPT)
+    caches = [(emulated.base_cache, decoder.base_cache)]
+    caches += [(emulated.module_cache, decoder.module_cache)] if decoder.drafts else []
+    for ours, theirs in caches:
+        torch.testing.assert_close(ours[:, :, 1, :, :rows], theirs[:, :, 1, :, :rows])

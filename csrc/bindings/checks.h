@@ -67,10 +67,22 @@ std::string shape_text(const Sizes& sizes) {
   return text.str();
 }
 
-// A contiguous CPU tensor of this dtype and shape (kAny: any size there).
+// Where a tensor must be: with the CPU, or on this GPU.
+struct Place {
+  int gpu = -1;
+
+  bool has(const Tensor& tensor) const {
+    return gpu < 0 ? tensor.is_cpu() : tensor.is_cuda() && tensor.get_device_index() == gpu;
+  }
+};
+
+// A contiguous tensor of this dtype and shape (kAny: any size there).
 inline void check(const char* op, const char* name, const Tensor& tensor, ScalarType type,
-                  std::initializer_list<int64_t> shape) {
-  if (!tensor.is_cpu()) fail(op, name, " must be a CPU tensor");
+                  std::initializer_list<int64_t> shape, Place place = {}) {
+  if (!place.has(tensor)) {
+    if (place.gpu < 0) fail(op, name, " must be a CPU tensor");
+    fail(op, name, " must be on the GPU of the other tensors, cuda:", place.gpu);
+  }
   if (tensor.scalar_type() != type)
     fail(op, name, " is ", name_of(tensor.scalar_type()), "; it must be ", name_of(type));
   const auto sizes = tensor.sizes();
@@ -87,8 +99,9 @@ inline void check(const char* op, const char* name, const Tensor& tensor, Scalar
 }
 
 // The buffer of the packed weights, or of scratch: bytes at a cache line's boundary.
-inline void check_bytes(const char* op, const char* name, const Tensor& tensor, int64_t least) {
-  check(op, name, tensor, ScalarType::Byte, {kAny});
+inline void check_bytes(const char* op, const char* name, const Tensor& tensor, int64_t least,
+                        Place place = {}) {
+  check(op, name, tensor, ScalarType::Byte, {kAny}, place);
   if (tensor.numel() < least) fail(op, name, " has ", tensor.numel(), " bytes; it needs ", least);
   if (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 64 != 0)
     fail(op, name, " must begin at an address that is a multiple of 64 (fresh torch tensors do)");

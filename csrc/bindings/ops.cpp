@@ -18,35 +18,11 @@
 #include "recycle/head.h"
 #include "recycle/model.h"
 #include "recycle/parallel.h"
+#include "state.h"
 
 namespace recycle::bindings {
 
 namespace {
-
-CacheType cache_type(const char* op, const char* name, const Tensor& cache) {
-  const ScalarType type = cache.scalar_type();
-  if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Char)
-    fail(op, name, " is ", name_of(type), "; it must be float32, bfloat16 or int8");
-  return type == ScalarType::Float      ? CacheType::f32
-         : type == ScalarType::BFloat16 ? CacheType::bf16
-                                        : CacheType::q8;
-}
-
-// Elements of a row: an int8 one carries its scale.
-int64_t row_elements(CacheType type, int64_t head_dim) {
-  return type == CacheType::q8 ? head_dim + kScaleBytes : head_dim;
-}
-
-Sampling check_sampling(const char* op, double temperature, int64_t top_k, double top_p,
-                        const Tensor& seeds, int64_t n_seeds) {
-  if (!(temperature >= 0) || std::isinf(temperature))
-    fail(op, "temperature is ", temperature, "; it must be 0 (greedy) or a positive number");
-  if (top_k < 0) fail(op, "top_k is ", top_k, "; it must be 0 (all tokens) or positive");
-  if (!(top_p > 0 && top_p <= 1)) fail(op, "top_p is ", top_p, "; it must be in (0, 1]");
-  check(op, "seeds", seeds, ScalarType::Long, {n_seeds});
-  return {static_cast<float>(temperature), top_k, static_cast<float>(top_p),
-          const_data<int64_t>(seeds)};
-}
 
 [[noreturn]] void fail_non_finite(const char* op, const Status& status, const char* unit) {
   std::ostringstream message;
@@ -167,71 +143,9 @@ std::tuple<Tensor, Tensor> recycle_head(const Tensor& hidden, const std::optiona
 
 // ---- decode_step and prefill -------------------------------------------------------------------------
 
-KvCache check_cache(const char* op, const char* name, const Tensor& cache, const Stack& stack,
-                    int64_t batch) {
-  KvCache view;
-  view.type = cache_type(op, name, cache);
-  check(
-      op, name, cache, cache.scalar_type(),
-      {stack.n_layers, 2, batch, stack.n_kv_heads, kAny, row_elements(view.type, stack.head_dim)});
-  view.data = data<std::byte>(cache);
-  view.n_sequences = batch;
-  view.n_kv_heads = stack.n_kv_heads;
-  view.capacity = cache.size(4);
-  view.head_dim = stack.head_dim;
-  return view;
-}
-
-// What both ops are given, checked. The model is read from the plan into *model.
-DecodeState check_state(const char* op, const Tensor& weights, const Tensor& plan,
-                        const Tensor& base_cache, const Tensor& module_cache, const Tensor& pending,
-                        const Tensor& lengths, const Tensor& draft_probs, const Tensor& scratch,
-                        int64_t mode, double temperature, int64_t top_k, double top_p,
-                        const Tensor& seeds, Model* model) {
-  check_bytes(op, "weights", weights, 0);
-  check(op, "plan", plan, ScalarType::Long, {kAny});
-  const char* wrong = read_plan(const_data<int64_t>(plan), plan.numel(),
-                                const_data<std::byte>(weights), weights.numel(), model);
-  if (wrong != nullptr) fail(op, "plan and weights don't fit: ", wrong);
-
-  DecodeState state;
-  state.model = model;
-  if (mode < 0 || mode > 2)
-    fail(op, "decode_mode is ", mode, "; it must be 0 (standard), 1 (verify) or 2 (alternate)");
-  state.mode = static_cast<Mode>(mode);
-  check(op, "pending", pending, ScalarType::Long, {kAny, kAny});
-  state.batch = pending.size(0);
-  state.drafts = pending.size(1) - 1;
-  const int64_t most = state.mode == Mode::standard ? 0 : kMaxDrafts;
-  const int64_t fewest = state.mode == Mode::standard ? 0 : 1;
-  if (state.batch < 1 || state.drafts < fewest || state.drafts > most)
-    fail(op, "pending has shape ", shape_text(pending.sizes()), "; it must be [batch, 1 + drafts]",
-         state.mode == Mode::standard ? " without drafts in standard mode" : " with 1 to 4 drafts");
-  if (state.drafts > 0 && !model->has_module)
-    fail(op, "this mode needs a module, and the plan has none");
-  state.pending = data<int64_t>(pending);
-  check(op, "lengths", lengths, ScalarType::Long, {state.batch});
-  state.lengths = data<int64_t>(lengths);
-  state.sampling = check_sampling(op, temperature, top_k, top_p, seeds, state.batch);
-  state.base_cache = check_cache(op, "base_cache", base_cache, model->base.stack, state.batch);
-  if (state.drafts > 0)
-    state.module_cache =
-        check_cache(op, "module_cache", module_cache, model->module.stack, state.batch);
-  if (state.mode == Mode::verify && !state.sampling.greedy()) {
-    check(op, "draft_probs", draft_probs, ScalarType::Float,
-          {state.batch, state.drafts, model->module.head.n});
-    state.draft_probs = data<float>(draft_probs);
-  }
-  check_bytes(op, "scratch", scratch,
-              decode_scratch_bytes(*model, state.batch, state.drafts, state.sampling.greedy(),
-                                   n_threads()));
-  state.scratch = data<std::byte>(scratch);
-  return state;
-}
-
-int64_t capacity_of(const DecodeState& state) {
-  return state.drafts > 0 ? std::min(state.base_cache.capacity, state.module_cache.capacity)
-                          : state.base_cache.capacity;
+int64_t scratch_bytes(const DecodeState& state) {
+  return decode_scratch_bytes(*state.model, state.batch, state.drafts, state.sampling.greedy(),
+                              n_threads());
 }
 
 std::tuple<Tensor, Tensor> decode_step(const Tensor& weights, const Tensor& plan,
@@ -244,7 +158,7 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& weights, const Tensor& plan
   Model model;
   const DecodeState state =
       check_state(op, weights, plan, base_cache, module_cache, pending, lengths, draft_probs,
-                  scratch, mode, temperature, top_k, top_p, seeds, &model);
+                  scratch, mode, temperature, top_k, top_p, seeds, &model, {}, scratch_bytes);
   const int64_t vocab = model.base.head.n;
   const int64_t room = positions_needed(state.drafts);
   for (int64_t b = 0; b < state.batch; ++b) {
@@ -274,7 +188,7 @@ void prefill(const Tensor& weights, const Tensor& plan, const Tensor& base_cache
   Model model;
   const DecodeState state =
       check_state(op, weights, plan, base_cache, module_cache, pending, lengths, draft_probs,
-                  scratch, mode, temperature, top_k, top_p, seeds, &model);
+                  scratch, mode, temperature, top_k, top_p, seeds, &model, {}, scratch_bytes);
   if (sequence < 0 || sequence >= state.batch)
     fail(op, "sequence is ", sequence, "; it must be 0 to ", state.batch - 1);
   check(op, "prompt", prompt, ScalarType::Long, {kAny});

@@ -138,7 +138,7 @@ Layer Stack::layer(int64_t index) const {
 }
 
 const char* read_plan(const int64_t* plan, int64_t plan_length, const std::byte* weights,
-                      int64_t weights_bytes, Model* model) {
+                      int64_t weights_bytes, Model* model, bool readable) {
   constexpr int64_t kMostVocab = int64_t{1} << 31;
   Reader reader(plan, plan_length, weights, weights_bytes);
   if (reader.next() != kPlanMagic) return "it is not a plan made by recycle_ext.packing";
@@ -169,7 +169,7 @@ const char* read_plan(const int64_t* plan, int64_t plan_length, const std::byte*
     module.zero_first_embedding = reader.next() != 0;
     if (module.draft_vocab == nullptr && draft_vocab != vocab)
       reader.fail("the module's head is not as tall as the vocabulary");
-    if (reader.error == nullptr && module.draft_vocab != nullptr)
+    if (readable && reader.error == nullptr && module.draft_vocab != nullptr)
       for (int64_t i = 0; i < draft_vocab; ++i)
         if (module.draft_vocab[i] < (i == 0 ? 0 : module.draft_vocab[i - 1] + 1) ||
             module.draft_vocab[i] >= vocab)

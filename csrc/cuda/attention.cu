@@ -313,7 +313,7 @@ class AttendBlock {
         to[1] = sums_[i][1];
       }
     }
-    if (threadIdx.x < n_queries_) {
+    if (static_cast<int>(threadIdx.x) < n_queries_) {
       const int64_t at = split_ * n_all() + query_at(threadIdx.x);
       call_.arrays.total[at] = total_[threadIdx.x];
       call_.arrays.maximum[at] = maximum_[threadIdx.x];

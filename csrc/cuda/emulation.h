@@ -152,7 +152,7 @@ class Emulator {
       ++phase;
       return;
     }
-    for (int turns = 0; phase == mine; ++turns) {
+    for (volatile int turns = 0; phase == mine; turns = turns + 1) {
       if (turns > 1000000) {
         std::fprintf(stderr, "a barrier that not all threads of a block or warp come to\n");
         std::abort();
@@ -214,6 +214,13 @@ bool launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t share
 
 inline void __syncthreads() {
   ::recycle::cuda::Emulator::get().block_barrier();
+}
+
+template <class T>
+T atomicAdd(T* at, T value) {
+  const T before = *at;
+  *at += value;
+  return before;
 }
 
 namespace recycle::cuda {

@@ -3,6 +3,7 @@
 #include "sequence.h"
 
 #include "recycle/choice.h"
+#include "sampling.h"
 
 namespace recycle::cuda {
 
@@ -10,6 +11,8 @@ namespace {
 
 constexpr int kBlockThreads = 256;
 constexpr int kBlockWarps = kBlockThreads / kWarp;
+
+using Draw = recycle::Stream;  // what a random number is for; a Stream is CUDA's here
 
 // What kernels need of a SequenceCall, in the GPU's terms.
 struct View {
@@ -23,10 +26,16 @@ struct View {
   float base_eps;
   int64_t hidden, vocab, capacity;
   int width, drafts;
+  int first_of;
+  int last;  // of a sequence's base rows in use
   bool asks_every_row;
+  bool sampled;
+  const int64_t* seeds;
   // the module's
   const float *embed_norm, *hidden_norm;
   const int64_t* draft_vocab;
+  int64_t n_draft_vocab;
+  float* draft_probs;  // [batch, drafts, n_draft_vocab] sampled verify mode only
   float eps;
   bool zero_first_embedding;
 };
@@ -47,11 +56,17 @@ View view_of(const SequenceCall& call) {
   view.capacity = call.capacity;
   view.drafts = static_cast<int>(call.state.drafts);
   view.width = view.drafts + 1;
-  view.asks_every_row = call.state.mode == Mode::verify;
+  view.first_of = call.first_of;
+  view.last = call.first_of < 0 ? view.drafts : 0;
+  view.asks_every_row = call.state.mode == Mode::verify && call.first_of < 0;
+  view.sampled = !call.state.sampling.greedy();
+  view.seeds = call.state.sampling.seeds;
+  view.draft_probs = call.state.draft_probs;
   if (call.state.drafts > 0) {
     view.embed_norm = model.module.embed_norm;
     view.hidden_norm = model.module.hidden_norm;
     view.draft_vocab = model.module.draft_vocab;
+    view.n_draft_vocab = model.module.head.n;
     view.eps = model.module.stack.eps;
     view.zero_first_embedding = model.module.zero_first_embedding;
   }
@@ -109,55 +124,7 @@ RECYCLE_DEVICE void norm_row(const float* from, const float* weight, float eps, 
     to[i] = weight != nullptr ? from[i] * scale * weight[i] : from[i];
 }
 
-// The token of the best of a row's blocks, to all threads; -1 where a logit wasn't finite.
-RECYCLE_DEVICE int pick(const HeadBests& bests, int64_t row) {
-  float* values = shared_memory<float>();                    // [warps]
-  float* poisons = values + kBlockWarps;                     // [warps]
-  int* ids = reinterpret_cast<int*>(poisons + kBlockWarps);  // [warps]
-  float best = -INFINITY, poison = 0;
-  int id = 0;
-  const auto meet = [&](float value, int other) {
-    if (value > best || (value == best && other < id)) {
-      best = value;
-      id = other;
-    }
-  };
-  for (int i = threadIdx.x; i < bests.blocks; i += kBlockThreads) {
-    const float value = bests.value[row * bests.blocks + i];
-    poison += value != value ? value : 0;
-    // A thread's first is taken whatever it is.
-    if (i == static_cast<int>(threadIdx.x)) {
-      best = value;
-      id = bests.id[row * bests.blocks + i];
-    } else {
-      meet(value, bests.id[row * bests.blocks + i]);
-    }
-  }
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    const float value = shuffle_xor(best, mask);
-    const int other = shuffle_xor(id, mask);
-    poison += shuffle_xor(poison, mask);
-    meet(value, other);
-  }
-  __syncthreads();
-  if (threadIdx.x % kWarp == 0) {
-    values[threadIdx.x / kWarp] = best;
-    poisons[threadIdx.x / kWarp] = poison;
-    ids[threadIdx.x / kWarp] = id;
-  }
-  __syncthreads();
-  best = values[0];
-  id = ids[0];
-  poison = poisons[0];
-  for (int w = 1; w < kBlockWarps; ++w) {
-    meet(values[w], ids[w]);
-    poison += poisons[w];
-  }
-  __syncthreads();
-  return poison == 0 ? id : -1;
-}
-
-constexpr int64_t kPickBytes = kBlockWarps * 3 * 4;
+static_assert(kDrawThreads == kBlockThreads);
 static_assert(kMaxDrafts + 1 <= kBlockThreads);
 
 // A block a row.
@@ -168,21 +135,27 @@ __global__ void __launch_bounds__(kBlockThreads) begin_kernel(View view) {
   const int sequence = row / view.width;
   const int64_t* pending = view.pending + sequence * view.width;
   const int64_t length = view.lengths[sequence];
-  bool fits = length >= 0 && length <= view.capacity - positions_needed(view.drafts);
-  for (int j = 0; j < view.width; ++j) fits = fits && pending[j] >= 0 && pending[j] < view.vocab;
+  const bool idle = pending[0] < 0 || (view.first_of >= 0 && sequence != view.first_of);
+  const int64_t needed = view.first_of < 0 ? positions_needed(view.drafts)
+                         : view.drafts > 0 ? view.drafts
+                                           : 1;
+  bool fits = length >= 0 && length <= view.capacity - needed;
+  for (int j = 0; j <= view.last; ++j) fits = fits && pending[j] >= 0 && pending[j] < view.vocab;
+  const bool in_use = !idle && fits && row % view.width <= view.last;
   for (int64_t i = threadIdx.x; i < view.hidden; i += kBlockThreads)
     view.arrays.x[row * view.hidden + i] =
-        fits ? weight_at(view.embedding, pending[row % view.width], i) : 0;
+        in_use ? weight_at(view.embedding, pending[row % view.width], i) : 0;
   if (row == 0)
     for (int i = threadIdx.x; i < view.arrays.n_arrived; i += kBlockThreads)
       view.arrays.arrived[i] = 0;
   if (threadIdx.x != 0) return;
-  view.arrays.positions[row] = fits ? static_cast<int>(length) + row % view.width : -1;
-  const int asked = view.asks_every_row ? row : row * view.width + view.drafts;
-  if (view.asks_every_row || row < static_cast<int>(gridDim.x) / view.width)
-    view.arrays.head_rows[row] = asked;
+  view.arrays.positions[row] = in_use ? static_cast<int>(length) + row % view.width : -1;
+  if (view.asks_every_row)
+    view.arrays.head_rows[row] = row;
+  else if (row < static_cast<int>(gridDim.x) / view.width)
+    view.arrays.head_rows[row] = row * view.width + view.last;
   if (row % view.width == 0) {
-    view.arrays.grown[sequence] = fits ? 1 : pending[0] < 0 ? 0 : kNoRoom;
+    view.arrays.grown[sequence] = idle ? 0 : fits ? 1 : kNoRoom;
     for (int j = 0; j < view.width; ++j) {
       view.arrays.new_pending[sequence * view.width + j] = pending[j];
       view.tokens[sequence * view.width + j] = -1;
@@ -215,6 +188,79 @@ RECYCLE_DEVICE void commit(const View& view, int sequence) {
   view.lengths[sequence] += grown;
 }
 
+// ---- what counts --------------------------------------------------------------------------------------
+
+RECYCLE_DEVICE float random(const View& view, int sequence, int64_t position, Draw stream) {
+  return uniform(static_cast<uint64_t>(view.seeds[sequence]), static_cast<uint64_t>(position),
+                 stream);
+}
+
+// `token` is in the draft vocabulary: it was drawn from it.
+RECYCLE_DEVICE int64_t draft_index(const View& view, int64_t token) {
+  if (view.draft_vocab == nullptr) return token;
+  int64_t low = 0, high = view.n_draft_vocab;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (view.draft_vocab[middle] < token)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// Speculative sampling (Leviathan et al. 2023, algorithm 1): a draft drawn from q counts with probability
+// min(1, p / q); else the token is drawn from max(0, p - q).
+RECYCLE_DEVICE Choice verify_sampled(const View& view, int sequence, int length) {
+  const int64_t* pending = view.pending + sequence * view.width;
+  float* probs = view.arrays.base_probs + int64_t{sequence} * view.width * view.vocab;
+  for (int j = 0; j < view.drafts; ++j, probs += view.vocab) {
+    const int64_t token = pending[j + 1];
+    const int64_t position = length + j + 1;
+    const float* q = view.draft_probs + (int64_t{sequence} * view.drafts + j) * view.n_draft_vocab;
+    if (random(view, sequence, position, Draw::accept) * q[draft_index(view, token)] < probs[token])
+      continue;
+    __syncthreads();  // all have read probs[token]
+    for (int64_t i = threadIdx.x; i < view.n_draft_vocab; i += kBlockThreads) {
+      float& p = probs[view.draft_vocab != nullptr ? view.draft_vocab[i] : i];
+      p = fmaxf(p - q[i], 0.0f);
+    }
+    __syncthreads();
+    return {j, draw(probs, view.vocab, random(view, sequence, position, Draw::resample))};
+  }
+  return {view.drafts,
+          draw(probs, view.vocab, random(view, sequence, length + view.width, Draw::sample))};
+}
+
+// False where a logit wasn't finite.
+RECYCLE_DEVICE bool choose_tokens(const View& view, const HeadBests& bests, int sequence,
+                                  int length, Choice* choice) {
+  const int asked = view.asks_every_row ? view.width : 1;
+  const int first = sequence * asked;  // the sequence's rows of the head
+  if (view.sampled) {
+    for (int j = 0; j < asked; ++j)
+      if (view.arrays.base_finite[first + j] == 0) return false;
+    if (view.asks_every_row)
+      *choice = verify_sampled(view, sequence, length);
+    else
+      *choice = {view.last, draw(view.arrays.base_probs + first * view.vocab, view.vocab,
+                                 random(view, sequence, length + view.last + 1, Draw::sample))};
+    return true;
+  }
+  int picks[kMaxDrafts + 1];
+  bool finite = true;
+  for (int j = 0; j < asked; ++j) {
+    picks[j] = pick(bests, first + j);
+    finite = finite && picks[j] >= 0;
+  }
+  if (view.asks_every_row)
+    *choice = verify_greedily(view.pending + sequence * view.width, view.drafts,
+                              [&](int64_t j) { return picks[j]; });
+  else
+    *choice = {view.last, picks[0]};
+  return finite;
+}
+
 // A block a sequence.
 __global__ void __launch_bounds__(kBlockThreads) choose_kernel(View view, HeadBests bests) {
   let_next_start();
@@ -226,22 +272,7 @@ __global__ void __launch_bounds__(kBlockThreads) choose_kernel(View view, HeadBe
   const int length = arrays.positions[first_row];
   bool in_use = length >= 0;
   Choice choice = {0, 0};
-  if (in_use) {
-    int picks[kMaxDrafts + 1];
-    bool finite = true;
-    if (view.asks_every_row) {
-      for (int j = 0; j < view.width; ++j) {
-        picks[j] = pick(bests, first_row + j);
-        finite = finite && picks[j] >= 0;
-      }
-      choice = verify_greedily(pending, view.drafts, [&](int64_t j) { return picks[j]; });
-    } else {
-      picks[0] = pick(bests, sequence);
-      finite = picks[0] >= 0;
-      choice = {view.drafts, picks[0]};
-    }
-    in_use = finite;
-  }
+  if (in_use) in_use = choose_tokens(view, bests, sequence, length, &choice);
   const int64_t* confirmed = view.tokens + first_row;  // the tokens after each confirmed row
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -288,7 +319,19 @@ __global__ void __launch_bounds__(kBlockThreads)
   bool in_use = arrays.grown[sequence] > 0;
   int64_t token = 0;
   if (in_use) {
-    const int picked = pick(bests, sequence);
+    int64_t picked = -1;
+    if (!view.sampled) {
+      picked = pick(bests, sequence);
+    } else if (arrays.module_finite[sequence] != 0) {
+      const float* probs = arrays.module_probs + sequence * view.n_draft_vocab;
+      picked = draw(probs, view.n_draft_vocab, random(view, sequence, position + 2, Draw::draft));
+      if (view.draft_probs != nullptr) {
+        float* kept =
+            view.draft_probs + (int64_t{sequence} * view.drafts + draft) * view.n_draft_vocab;
+        for (int64_t i = threadIdx.x; i < view.n_draft_vocab; i += kBlockThreads)
+          kept[i] = probs[i];
+      }
+    }
     in_use = picked >= 0;
     if (in_use) token = view.draft_vocab != nullptr ? view.draft_vocab[picked] : picked;
   }
@@ -319,12 +362,12 @@ void begin_step(Launcher& launcher, const SequenceCall& call) {
 
 void choose(Launcher& launcher, const SequenceCall& call, const HeadBests& bests) {
   launcher.run(choose_kernel, dim3(static_cast<unsigned>(call.state.batch)), kBlockThreads,
-               kPickBytes, view_of(call), bests);
+               kDrawBytes, view_of(call), bests);
 }
 
 void take_draft(Launcher& launcher, const SequenceCall& call, const HeadBests& bests, int draft) {
   launcher.run(draft_kernel, dim3(static_cast<unsigned>(call.state.batch)), kBlockThreads,
-               kPickBytes, view_of(call), bests, draft);
+               kDrawBytes, view_of(call), bests, draft);
 }
 
 }  // namespace recycle::cuda

@@ -22,12 +22,19 @@ struct SequenceArrays {
   int64_t* grown;        // [batch] tokens by which a sequence grows; kNonFinite, kNoRoom; 0: idle
   unsigned* arrived;     // attention's counters
   int n_arrived;
+  // Sampled only: distributions in the place of logits, and whether all logits of their rows were finite.
+  float* base_probs;    // [rows of the base's head, vocabulary]
+  int* base_finite;     // [rows]
+  float* module_probs;  // [batch, draft vocabulary]
+  int* module_finite;   // [batch]
 };
 
 struct SequenceCall {
   const Model* model = nullptr;  // the host's; kernels get what they need of it
   DecodeState state;
   int64_t capacity = 0;
+  int first_of =
+      -1;  // the sequence whose prompt ends with this step, see finish_prefill() in step.h; -1: none
   SequenceArrays arrays;
   int64_t* tokens = nullptr;  // [batch, width] the op's results
   int64_t* counts = nullptr;  // [batch]
@@ -35,9 +42,9 @@ struct SequenceCall {
 
 // Positions, embeddings of the pending tokens, counters.
 void begin_step(Launcher& launcher, const SequenceCall& call);
-// From the base head's bests to what each sequence grows by, and the module's inputs.
+// From the base head's bests, or its distributions, to what each sequence grows by, and the module's inputs.
 void choose(Launcher& launcher, const SequenceCall& call, const HeadBests& bests);
-// From the module head's bests to draft `draft` + 1, and the inputs of the module's next pass, or the new state.
+// From the module head's to draft `draft` + 1, and the inputs of the module's next pass, or the new state.
 void take_draft(Launcher& launcher, const SequenceCall& call, const HeadBests& bests, int draft);
 
 }  // namespace recycle::cuda

@@ -6,6 +6,7 @@
 #include "step.h"
 
 #include "recycle/arena.h"
+#include "sampling.h"
 #include "sequence.h"
 
 namespace recycle::cuda {
@@ -15,12 +16,12 @@ namespace {
 constexpr int kSplits = 16;
 
 struct Work {
-  SequenceArrays sequences;
+  SequenceArrays sequences = {};
   AttentionArrays attention;
   float* activation;  // [rows, intermediate]
   HeadBests base_bests, module_bests;
 
-  void take(Arena& arena, const Model& model, int64_t batch, int64_t drafts,
+  void take(Arena& arena, const Model& model, int64_t batch, int64_t drafts, bool greedy,
             const Launcher& launcher) {
     const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
     const Stack& a = model.base.stack;
@@ -53,6 +54,11 @@ struct Work {
     activation = arena.take<float>(rows * larger(a.intermediate, b.intermediate));
     take_bests(arena, model.base.head, rows, launcher, base_bests);
     if (drafts > 0) take_bests(arena, model.module.head, batch, launcher, module_bests);
+    if (greedy) return;
+    sequences.base_probs = arena.take<float>(rows * model.base.head.n);
+    sequences.base_finite = arena.take<int>(rows);
+    sequences.module_probs = arena.take<float>(drafts > 0 ? batch * model.module.head.n : 0);
+    sequences.module_finite = arena.take<int>(batch);
   }
 
  private:
@@ -72,7 +78,8 @@ class Step {
   Step(const DecodeState& state, const Work& work, Launcher& launcher)
       : state_(state), model_(*state.model), work_(work), launcher_(launcher) {}
 
-  void decode(int64_t* tokens, int64_t* counts) {
+  // first_of: -1, or the sequence whose prefill ends.
+  void decode(int64_t* tokens, int64_t* counts, int first_of) {
     const int batch = static_cast<int>(state_.batch);
     const int width = static_cast<int>(state_.drafts) + 1;
     SequenceCall call;
@@ -81,6 +88,7 @@ class Step {
     call.capacity = state_.base_cache.capacity;
     if (state_.drafts > 0 && state_.module_cache.capacity < call.capacity)
       call.capacity = state_.module_cache.capacity;
+    call.first_of = first_of;
     call.arrays = work_.sequences;
     call.tokens = tokens;
     call.counts = counts;
@@ -88,11 +96,11 @@ class Step {
     begin_step(launcher_, call);
     const RowMap rows{batch, width, work_.sequences.positions};
     layers(model_.base.stack, state_.base_cache, rows, work_.sequences.x);
-    const bool asks_every_row = state_.mode == Mode::verify;
-    scan_head(launcher_, model_.base.head,
-              {work_.sequences.x, work_.sequences.head_rows, asks_every_row ? rows.n() : batch,
-               model_.base.final_norm, model_.base.final_norm != nullptr, model_.base.stack.eps},
-              nullptr, work_.base_bests);
+    const bool asks_every_row = state_.mode == Mode::verify && first_of < 0;
+    run_head(model_.base.head,
+             {work_.sequences.x, work_.sequences.head_rows, asks_every_row ? rows.n() : batch,
+              model_.base.final_norm, model_.base.final_norm != nullptr, model_.base.stack.eps},
+             work_.base_bests, work_.sequences.base_probs, work_.sequences.base_finite);
     choose(launcher_, call, work_.base_bests);
 
     const Module& module = model_.module;
@@ -101,15 +109,23 @@ class Step {
       project(launcher_, module.input_proj, module.input_bias,
               {work_.sequences.pair, nullptr, seen.n()}, false, work_.sequences.module_x);
       layers(module.stack, state_.module_cache, seen, work_.sequences.module_x);
-      scan_head(launcher_, module.head,
-                {work_.sequences.module_x, work_.sequences.draft_rows, batch, module.output_norm,
-                 module.output_norm != nullptr, module.stack.eps},
-                nullptr, work_.module_bests);
+      run_head(module.head,
+               {work_.sequences.module_x, work_.sequences.draft_rows, batch, module.output_norm,
+                module.output_norm != nullptr, module.stack.eps},
+               work_.module_bests, work_.sequences.module_probs, work_.sequences.module_finite);
       take_draft(launcher_, call, work_.module_bests, draft);
     }
   }
 
  private:
+  // probs, finite: null when greedy
+  void run_head(const Matrix& head, const Input& x, const HeadBests& bests, float* probs,
+                int* finite) {
+    scan_head(launcher_, head, x, probs, bests);
+    if (!state_.sampling.greedy())
+      to_distributions(launcher_, state_.sampling, x.rows, head.n, probs, finite);
+  }
+
   void layers(const Stack& stack, const KvCache& cache, const RowMap& rows, float* x) {
     for (int64_t index = 0; index < stack.n_layers; ++index) {
       const Layer layer = stack.layer(index);
@@ -152,22 +168,36 @@ Launcher launcher_for(const Device& device, void* stream) {
 
 }  // namespace
 
-int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t drafts, bool,
+int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t drafts, bool greedy,
                              const Device& device) {
   Arena arena(nullptr);
   Work work;
-  work.take(arena, model, batch, drafts, launcher_for(device, nullptr));
+  work.take(arena, model, batch, drafts, greedy, launcher_for(device, nullptr));
   return arena.used();
 }
 
-bool decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts, const Device& device,
-                 void* stream) {
+namespace {
+
+bool run(const DecodeState& state, int first_of, int64_t* tokens, int64_t* counts,
+         const Device& device, void* stream) {
   Launcher launcher = launcher_for(device, stream);
   Arena arena(state.scratch);
   Work work;
-  work.take(arena, *state.model, state.batch, state.drafts, launcher);
-  Step(state, work, launcher).decode(tokens, counts);
+  work.take(arena, *state.model, state.batch, state.drafts, state.sampling.greedy(), launcher);
+  Step(state, work, launcher).decode(tokens, counts, first_of);
   return launcher.ok;
+}
+
+}  // namespace
+
+bool decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts, const Device& device,
+                 void* stream) {
+  return run(state, -1, tokens, counts, device, stream);
+}
+
+bool finish_prefill(const DecodeState& state, int64_t sequence, int64_t* tokens, int64_t* counts,
+                    const Device& device, void* stream) {
+  return run(state, static_cast<int>(sequence), tokens, counts, device, stream);
 }
 
 }  // namespace recycle::cuda

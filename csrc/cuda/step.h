@@ -23,4 +23,10 @@ int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t drafts, 
 bool decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts, const Device& device,
                  void* stream);
 
+// The end of a prefill: a step of `sequence` alone, whose caches hold all of its prompt but the last token. That is
+// pending[sequence][0], lengths[sequence] its position; there are no drafts yet. The sequence grows by its first
+// new token, and has drafts afterwards.
+bool finish_prefill(const DecodeState& state, int64_t sequence, int64_t* tokens, int64_t* counts,
+                    const Device& device, void* stream);
+
 }  // namespace recycle::cuda

@@ -75,8 +75,9 @@ struct Model {
 };
 
 // Reads a plan. Every offset and size is checked against `weights_bytes`, so that a wrong plan can
-// never read outside the buffer. Returns null, or what is wrong.
+// never read outside the buffer. Returns null, or what is wrong. readable: false where the weights are in a GPU's
+// memory, and can't be looked into.
 const char* read_plan(const int64_t* plan, int64_t plan_length, const std::byte* weights,
-                      int64_t weights_bytes, Model* model);
+                      int64_t weights_bytes, Model* model, bool readable = true);
 
 }  // namespace recycle

@@ -13,7 +13,7 @@ namespace recycle {
 enum class Stream : uint32_t { sample = 0, accept = 1, draft = 2, resample = 3 };
 
 // Uniform in [0, 1), 24 random bits.
-inline float uniform(uint64_t seed, uint64_t position, Stream stream) {
+constexpr float uniform(uint64_t seed, uint64_t position, Stream stream) {
   uint32_t counter[4] = {static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32),
                          static_cast<uint32_t>(stream), 0};
   uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
