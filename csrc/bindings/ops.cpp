@@ -38,51 +38,14 @@ Tensor attention_decode(const Tensor& q, const Tensor& k, const Tensor& v, const
                         const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
                         double eps) {
   constexpr const char* op = "attention_decode";
-  check(op, "q", q, ScalarType::Float, {kAny, kAny, kAny, kAny});
-  AttentionParams params;
-  params.batch = q.size(0);
-  params.n_rows = q.size(1);
-  params.n_heads = q.size(2);
-  params.head_dim = q.size(3);
-  check(op, "k", k, ScalarType::Float, {params.batch, params.n_rows, kAny, params.head_dim});
-  params.n_kv_heads = k.size(2);
-  check(op, "v", v, ScalarType::Float,
-        {params.batch, params.n_rows, params.n_kv_heads, params.head_dim});
-  if (params.batch < 1 || params.n_rows < 1 || params.n_kv_heads < 1)
-    fail(op, "q and k must have at least one sequence, row and head");
-  if (params.n_heads % params.n_kv_heads != 0)
-    fail(op, "q has ", params.n_heads, " heads, k ", params.n_kv_heads,
-         "; the first must be a multiple of the second");
-  if (params.head_dim % kPanelRows != 0 || params.head_dim > 256 || params.head_dim < kPanelRows)
-    fail(op, "q has head_dim ", params.head_dim, "; it must be a multiple of 16, at most 256");
-  params.cache.type = cache_type(op, "cache", cache);
-  check(
-      op, "cache", cache, cache.scalar_type(),
-      {2, params.batch, params.n_kv_heads, kAny, row_elements(params.cache.type, params.head_dim)});
-  params.cache.data = data<std::byte>(cache);
-  params.cache.n_sequences = params.batch;
-  params.cache.n_kv_heads = params.n_kv_heads;
-  params.cache.capacity = cache.size(3);
-  params.cache.head_dim = params.head_dim;
-  check(op, "lengths", lengths, ScalarType::Long, {params.batch});
-  params.lengths = const_data<int64_t>(lengths);
+  AttentionParams params =
+      check_attention(op, q, k, v, cache, lengths, inv_freq, q_norm, k_norm, eps, {});
   for (int64_t b = 0; b < params.batch; ++b) {
     const int64_t length = params.lengths[b];
     if (length < 0 || length > params.cache.capacity - params.n_rows)
       fail(op, "lengths[", b, "] is ", length, " and ", params.n_rows,
            " rows are to be added, but cache has room for ", params.cache.capacity, " positions");
   }
-  check(op, "inv_freq", inv_freq, ScalarType::Float, {params.head_dim / 2});
-  if (q_norm.has_value()) check(op, "q_norm", *q_norm, ScalarType::Float, {params.head_dim});
-  if (k_norm.has_value()) check(op, "k_norm", *k_norm, ScalarType::Float, {params.head_dim});
-  params.q = const_data<float>(q);
-  params.k = const_data<float>(k);
-  params.v = const_data<float>(v);
-  params.inv_freq = const_data<float>(inv_freq);
-  params.q_norm = const_data<float>(q_norm);
-  params.k_norm = const_data<float>(k_norm);
-  params.eps = static_cast<float>(eps);
-
   Tensor out = torch::stable::empty_like(q);
   params.out = data<float>(out);
   const int64_t bytes = attention_scratch_bytes(params.batch, params.n_rows, params.n_heads,
@@ -101,33 +64,8 @@ std::tuple<Tensor, Tensor> recycle_head(const Tensor& hidden, const std::optiona
                                         double temperature, int64_t top_k, double top_p,
                                         const Tensor& seeds) {
   constexpr const char* op = "recycle_head";
-  check(op, "hidden", hidden, ScalarType::Float, {kAny, kAny});
-  HeadParams params;
-  params.n_rows = hidden.size(0);
-  params.hidden = hidden.size(1);
-  params.x = const_data<float>(hidden);
-  if (params.n_rows < 1 || params.n_rows > kMaxHeadRows)
-    fail(op, "hidden has ", params.n_rows, " rows; it must have 1 to ", kMaxHeadRows);
-  if (norm.has_value()) check(op, "norm", *norm, ScalarType::Float, {params.hidden});
-  params.norm = const_data<float>(norm);
-  params.eps = static_cast<float>(eps);
-  if (format < 0 || format >= kFormats)
-    fail(op, "format is ", format, "; it must be 0 to ", kFormats - 1,
-         " (recycle_ext.packing.FORMATS)");
-  params.head.format = static_cast<Format>(format);
-  if (params.hidden < 1 || params.hidden % k_multiple(params.head.format) != 0)
-    fail(op, "hidden is ", params.hidden, " wide; this format needs a multiple of ",
-         k_multiple(params.head.format));
-  if (n_vocab < 1 || n_vocab > INT32_MAX)
-    fail(op, "n_vocab is ", n_vocab, "; it must be 1 to ", INT32_MAX);
-  check_bytes(op, "head", head, matrix_bytes(params.head.format, n_vocab, params.hidden));
-  params.head.data = const_data<std::byte>(head);
-  params.head.n = n_vocab;
-  params.head.k = params.hidden;
-  check(op, "positions", positions, ScalarType::Long, {params.n_rows});
-  params.positions = const_data<int64_t>(positions);
-  params.sampling = check_sampling(op, temperature, top_k, top_p, seeds, params.n_rows);
-
+  HeadParams params = check_head(op, hidden, norm, eps, head, format, n_vocab, positions,
+                                 temperature, top_k, top_p, seeds, {});
   Tensor tokens = torch::stable::new_empty(hidden, {params.n_rows}, ScalarType::Long);
   Tensor log_probs = torch::stable::new_empty(hidden, {params.n_rows});
   params.tokens = data<int64_t>(tokens);

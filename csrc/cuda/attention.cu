@@ -18,7 +18,6 @@ namespace recycle::cuda {
 namespace {
 
 constexpr int kChunk = 64;  // positions
-constexpr int kSplits = 16;
 constexpr int kBlockThreads = 128;
 constexpr int kBlockWarps = kBlockThreads / kWarp;
 

@@ -36,6 +36,8 @@ struct AttentionCall {
   AttentionArrays arrays;
 };
 
+// Parts of the cache that blocks attend to side by side.
+inline constexpr int kSplits = 16;
 // Queries (row, head of a group) that a block of attention works on together.
 inline constexpr int kQueries = 8;
 constexpr int query_tiles(int64_t width, int64_t group) {

@@ -18,6 +18,7 @@
 #include "device.h"
 #include "recycle/model.h"
 #include "recycle/numbers.h"
+#include "step.h"
 
 namespace recycle::cuda {
 
@@ -293,20 +294,22 @@ __global__ void __launch_bounds__(kThreads) products(Op op) {
 
 // How kernels are started: the stream, what the GPU has, and the first failure.
 struct Launcher {
-  Stream stream = nullptr;
-  int multiprocessors = 1;
-  bool overlap = false;  // Hopper and later
+  Stream stream;
+  Device device;
   bool ok = true;
+
+  Launcher(const Device& device, void* stream)
+      : stream(static_cast<Stream>(stream)), device(device) {}
 
   template <class Kernel, class... Arguments>
   void run(Kernel kernel, dim3 grid, int threads, int64_t shared_bytes,
            const Arguments&... arguments) {
-    ok = ok && launch(kernel, grid, threads, shared_bytes, stream, overlap, arguments...);
+    ok = ok && launch(kernel, grid, threads, shared_bytes, stream, device.overlap, arguments...);
   }
 
   // Blocks that products() of this many units starts.
   int blocks(int64_t units) const {
-    const int64_t most = int64_t{multiprocessors} * kMostBlocks;
+    const int64_t most = int64_t{device.multiprocessors} * kMostBlocks;
     return static_cast<int>(units < most ? units : most);
   }
 

@@ -13,8 +13,6 @@ namespace recycle::cuda {
 
 namespace {
 
-constexpr int kSplits = 16;
-
 struct Work {
   SequenceArrays sequences = {};
   AttentionArrays attention;
@@ -103,15 +101,15 @@ class Step {
              work_.base_bests, work_.sequences.base_probs, work_.sequences.base_finite);
     choose(launcher_, call, work_.base_bests);
 
-    const Module& module = model_.module;
+    const Module& drafter = model_.module;
     for (int draft = 0; draft < state_.drafts; ++draft) {
       const RowMap seen = draft == 0 ? rows : RowMap{batch, 1, work_.sequences.draft_positions};
-      project(launcher_, module.input_proj, module.input_bias,
+      project(launcher_, drafter.input_proj, drafter.input_bias,
               {work_.sequences.pair, nullptr, seen.n()}, false, work_.sequences.module_x);
-      layers(module.stack, state_.module_cache, seen, work_.sequences.module_x);
-      run_head(module.head,
-               {work_.sequences.module_x, work_.sequences.draft_rows, batch, module.output_norm,
-                module.output_norm != nullptr, module.stack.eps},
+      layers(drafter.stack, state_.module_cache, seen, work_.sequences.module_x);
+      run_head(drafter.head,
+               {work_.sequences.module_x, work_.sequences.draft_rows, batch, drafter.output_norm,
+                drafter.output_norm != nullptr, drafter.stack.eps},
                work_.module_bests, work_.sequences.module_probs, work_.sequences.module_finite);
       take_draft(launcher_, call, work_.module_bests, draft);
     }
@@ -158,21 +156,13 @@ class Step {
   Launcher& launcher_;
 };
 
-Launcher launcher_for(const Device& device, void* stream) {
-  Launcher launcher;
-  launcher.stream = static_cast<Stream>(stream);
-  launcher.multiprocessors = device.multiprocessors;
-  launcher.overlap = device.overlap;
-  return launcher;
-}
-
 }  // namespace
 
 int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t drafts, bool greedy,
                              const Device& device) {
   Arena arena(nullptr);
   Work work;
-  work.take(arena, model, batch, drafts, greedy, launcher_for(device, nullptr));
+  work.take(arena, model, batch, drafts, greedy, Launcher(device, nullptr));
   return arena.used();
 }
 
@@ -180,7 +170,7 @@ namespace {
 
 bool run(const DecodeState& state, int first_of, int64_t* tokens, int64_t* counts,
          const Device& device, void* stream) {
-  Launcher launcher = launcher_for(device, stream);
+  Launcher launcher(device, stream);
   Arena arena(state.scratch);
   Work work;
   work.take(arena, *state.model, state.batch, state.drafts, state.sampling.greedy(), launcher);

@@ -18,7 +18,7 @@ struct Sampling {
   float top_p = 1;                 // 1: all
   const int64_t* seeds = nullptr;  // one a sequence
 
-  bool greedy() const { return temperature == 0; }
+  constexpr bool greedy() const { return temperature == 0; }
 };
 
 inline constexpr int64_t kMaxHeadRows = 64;
