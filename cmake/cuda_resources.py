@@ -13,7 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = "-std=c++20 -O3 -fmad=false --expt-relaxed-constexpr -cubin --resource-usage".split()
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fmad=false",
+    "--expt-relaxed-constexpr",
+    "-cubin",
+    "--resource-usage",
+]
 
 
 def compile_report(nvcc: str, source: Path, architecture: str) -> list[tuple[str, str, int, int]]:

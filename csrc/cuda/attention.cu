@@ -348,7 +348,7 @@ class AttendBlock {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads) attend_kernel(AttentionCall call) {
+__global__ void __launch_bounds__(kBlockThreads, 4) attend_kernel(AttentionCall call) {
   let_next_start();
   wait_for_previous();
   AttendBlock<T>(call).run();

@@ -219,7 +219,7 @@ inline constexpr int64_t product_shared_bytes(int matrices, int rows) {
 //   put(state, row, unit, lane, values[kMatrices])   called for each row and output
 //   finish(state, row, lane, shared) after a row's last unit
 template <int R, class Op>
-__global__ void __launch_bounds__(kThreads) products(Op op) {
+__global__ void __launch_bounds__(kThreads, R <= 2 ? 2 : 1) products(Op op) {
   constexpr int M = Op::kMatrices;
   const int64_t k = op.k;
   if (threadIdx.x < M && blockIdx.x < op.units) {

@@ -119,7 +119,7 @@ struct Cuts {
   int64_t top_k;
 };
 
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     distribution_kernel(Cuts cuts, int64_t n, float* logits, int* finite) {
   let_next_start();
   wait_for_previous();
