@@ -10,6 +10,7 @@ from torch import Tensor
 
 from recycle_ext import _C
 from recycle_ext.errors import RecycleError
+from recycle_ext.graphed_step import GraphedStep
 from recycle_ext.kv_cache import CACHE_DTYPES, row_elements
 from recycle_ext.packing import PackedModel
 
@@ -23,6 +24,9 @@ class Decoder:
     n_kv_heads, capacity, head_dim] of ``cache_dtype`` (float32, bfloat16 or int8; head_dim + 4 in int8,
     where the row's scale follows), pending [batch, drafts + 1] int64, lengths [batch]
     int64 (positions in the caches).
+
+    Where the model's weights are, on the CPU or a GPU, there is all state, and there it runs. On a GPU the cache
+    is float32 or bfloat16, and a step is one CUDA graph.
 
     model: from ``packing.pack_model``. mode: "standard" (no module), "verify" (a draft counts if the base
     model would have said it: the output is the base model's own) or "alternate" (drafts always count).
@@ -65,6 +69,9 @@ class Decoder:
             raise RecycleError(
                 f"cache_dtype is {cache_dtype}; it must be float32, bfloat16 or int8"
             )
+        device = model.weights.device
+        if device.type == "cuda" and cache_dtype == torch.int8:
+            raise RecycleError("cache_dtype is int8; on a GPU it must be float32 or bfloat16")
         if not 0 <= temperature < math.inf:
             raise RecycleError(
                 f"temperature is {temperature}; it must be 0 (greedy) or a positive number"
@@ -85,36 +92,51 @@ class Decoder:
         def cache(config) -> Tensor:
             size = row_elements(cache_dtype, config.head_dim)
             shape = (config.n_layers, 2, batch, config.n_kv_heads, rows, size)
-            # Zeros from the system are not written yet, so that it can still choose the pages.
-            zeros = torch.zeros(shape, dtype=cache_dtype)
-            _C.use_huge_pages(zeros.view(torch.uint8).numpy())
+            zeros = torch.zeros(shape, dtype=cache_dtype, device=device)
+            if device.type == "cpu":
+                # Zeros from the system are not written yet, so that it can still choose the pages.
+                _C.use_huge_pages(zeros.view(torch.uint8).numpy())
             return zeros
 
         def integers(*shape: int) -> Tensor:
-            return torch.full(shape, -1, dtype=torch.int64)
+            return torch.full(shape, -1, dtype=torch.int64, device=device)
 
         self.base_cache = cache(model.config)
-        self.module_cache = cache(model.module_config) if self.drafts else torch.empty(0)
+        self.module_cache = (
+            cache(model.module_config) if self.drafts else torch.empty(0, device=device)
+        )
         self.pending = integers(batch, self.drafts + 1)
-        self.lengths = torch.zeros(batch, dtype=torch.int64)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         sampled_verify = mode == "verify" and not greedy
         self.draft_probs = torch.empty(
-            (batch, drafts, model.draft_vocab_size) if sampled_verify else 0
+            (batch, drafts, model.draft_vocab_size) if sampled_verify else 0, device=device
         )
-        self.scratch = torch.empty(0, dtype=torch.uint8)
+        self.scratch = torch.empty(0, dtype=torch.uint8, device=device)
         self._scratch_threads = 0  # that the scratch has room for
         self._sampling = (
             float(temperature),
             int(top_k),
             float(top_p),
-            torch.tensor([seed % 2**63 for seed in seeds], dtype=torch.int64),
+            torch.tensor([seed % 2**63 for seed in seeds], dtype=torch.int64, device=device),
         )
+        self._graph: GraphedStep | None = None
         self.steps = 0
 
     def arguments(self) -> tuple:
         """What both ops take, in the order of their schemas."""
         model = self.model
-        if (threads := _C.n_threads()) != self._scratch_threads:
+        if model.weights.is_cuda:
+            if not len(self.scratch):
+                size = torch.ops.recycle.gpu_scratch_bytes(
+                    model.plan,
+                    model.weights.numel(),
+                    self.batch,
+                    self.drafts,
+                    self._sampling[0] == 0,
+                    model.weights.device.index,
+                )
+                self.scratch = torch.empty(size, dtype=torch.uint8, device=model.weights.device)
+        elif (threads := _C.n_threads()) != self._scratch_threads:
             needed = _C.scratch_bytes(
                 model.plan.numpy(),
                 model.weights.numpy(),
@@ -153,10 +175,47 @@ class Decoder:
         """One decode step of all sequences that have a prompt.
 
         Returns tokens [batch, drafts + 1] int64, the new tokens of each sequence, then -1; and counts
-        [batch] int64, how many.
+        [batch] int64, how many; both on the CPU.
         """
-        tokens, counts = torch.ops.recycle.decode_step(*self.arguments())
         self.steps += 1
+        if not self.model.weights.is_cuda:
+            return torch.ops.recycle.decode_step(*self.arguments())
+        graph = self._graphed()
+        if not graph.under_way:
+            graph.start()
+        return self._checked(*graph.read())
+
+    def run(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What ``step`` returns, step after step, as long as it is asked for.
+
+        On a GPU the next step is started before one is read, so that it needn't wait for who reads; the state
+        is then a step further than what was returned.
+        """
+        while True:
+            if self.model.weights.is_cuda:
+                graph = self._graphed()
+                while graph.under_way < 2:
+                    graph.start()
+            yield self.step()
+
+    def _graphed(self) -> GraphedStep:
+        if self._graph is None:
+            self._graph = GraphedStep(self.arguments())
+        return self._graph
+
+    def _checked(self, tokens: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """A GPU can't raise; it says so in counts (csrc/cuda/sequence.h)."""
+        for sequence, count in enumerate(counts.tolist()):
+            if count == -1:
+                raise RuntimeError(
+                    f"decode_step: a logit is NaN or infinite (sequence {sequence}, "
+                    f"position {int(self.lengths[sequence])} or one of its drafts)"
+                )
+            if count < 0:
+                raise ValueError(
+                    f"decode_step: sequence {sequence} has no room for another step, or a pending token "
+                    "that is none"
+                )
         return tokens, counts
 
     def room(self, sequence: int = 0) -> int:
@@ -170,6 +229,9 @@ class Decoder:
     def stream(self, prompt: Sequence[int]) -> Iterator[int]:
         """Token ids after the prompt, one by one, until the capacity is reached (batch 1)."""
         yield self.prefill(prompt)
-        while (room := self.room()) > 0:
-            tokens, counts = self.step()
+        room = self.room()
+        for tokens, counts in self.run() if room > 0 else ():
             yield from tokens[0, : min(int(counts[0]), room)].tolist()
+            room -= int(counts[0])
+            if room <= 0:
+                return

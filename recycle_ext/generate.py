@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from recycle_ext import _C
+from recycle_ext.bandwidth import read_bandwidth
 from recycle_ext.decoder import MODES
 from recycle_ext.errors import RecycleError
 from recycle_ext.generation import Generation, Statistics, generate, load
@@ -62,6 +62,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument(
         "--threads", type=int, help="default, and at most: the cores this process may use"
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="cpu (default), or an NVIDIA GPU: cuda, cuda:1, ..."
     )
     parser.add_argument(
         "--chat", action="store_true", help="the prompt is a message: use the model's chat template"
@@ -128,7 +131,7 @@ def run(options: argparse.Namespace) -> int:
             prompt = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as error:
             raise RecycleError(f"standard input is not UTF-8: {error.reason}") from None
-    model = load(options.model, options.module, options.dtype, options.threads)
+    model = load(options.model, options.module, options.dtype, options.threads, options.device)
     generation = generate(
         model,
         prompt,
@@ -151,7 +154,8 @@ def run(options: argparse.Namespace) -> int:
         status = INTERRUPTED
     print(json.dumps(json_object(generation)) if options.json else "", flush=True)
     if options.stats or (options.stats is None and sys.stderr.isatty() and not options.json):
-        bandwidth = _C.read_bandwidth(model.packed.weights.numel(), 10)
+        weights = model.packed.weights
+        bandwidth = read_bandwidth(weights.device, weights.numel())
         print("\n" + figures(generation.statistics, bandwidth), file=sys.stderr)
     return status
 

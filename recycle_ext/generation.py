@@ -16,6 +16,7 @@ from recycle_ext.decoder import Decoder
 from recycle_ext.errors import RecycleError
 from recycle_ext.kv_cache import CACHE_DTYPES
 from recycle_ext.module_checkpoint import default_module, open_module
+from recycle_ext.ops import check_device
 from recycle_ext.packing import PackedModel, pack_model
 from recycle_ext.tokenizer import Tokenizer
 
@@ -40,6 +41,7 @@ def load(
     module: str | Path | None = None,
     dtype: str | None = None,
     threads: int | None = None,
+    device: str | torch.device = "cpu",
 ) -> Model:
     """Loads a model into memory.
 
@@ -47,7 +49,8 @@ def load(
     (93 MB) the first time. module: the directory of a recyclable module; None: the one shipped for this
     model, if there is one; "none": no module. dtype: "f32", "bf16", "q8" or "q4"; None: a GGUF file's own
     formats, bf16 for a Hugging Face directory. threads: for the kernels, in the whole process; None, or more
-    than this process has cores: one a core, because more would only wait for each other.
+    than this process has cores: one a core, because more would only wait for each other. device: "cpu", or an
+    NVIDIA GPU, "cuda" or "cuda:1", to which the packed weights are copied.
 
     Raises RecycleError for files that are missing, damaged, foreign or don't fit together.
     """
@@ -55,6 +58,7 @@ def load(
         if not 1 <= threads <= 256:
             raise RecycleError(f"threads is {threads}; it must be 1 to 256")
         _C.set_n_threads(min(threads, _C.available_cores()))
+    device = check_device(device)
     base = open_checkpoint(model)
     if module is None:
         module = default_module(base)
@@ -62,7 +66,7 @@ def load(
     # First: what building it takes for a moment is free again when the weights come.
     tokenizer = base.tokenizer
     return Model(
-        packed=pack_model(base, opened, dtype),
+        packed=pack_model(base, opened, dtype).to(device),
         tokenizer=tokenizer,
         cache_dtype=torch.float32 if _is_float32(base, dtype) else torch.bfloat16,
     )
@@ -174,9 +178,10 @@ class Generation(Iterator[str]):
             first = self._decoder.prefill(self._prompt)
             statistics.prefill_seconds = time.perf_counter() - start
             yield [first]
+            steps = self._decoder.run()
             while True:
                 start = time.perf_counter()
-                tokens, counts = self._decoder.step()
+                tokens, counts = next(steps)
                 statistics.decode_seconds += time.perf_counter() - start
                 count = int(counts[0])
                 statistics.steps += 1

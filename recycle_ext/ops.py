@@ -1,15 +1,57 @@
-"""Shapes of what the ops return, for torch.compile, export and opcheck.
+"""Registers the ops: torch.ops.recycle.attention_decode, recycle_head, decode_step and prefill.
 
-The ops themselves are registered by ``_C``: torch.ops.recycle.attention_decode, recycle_head,
-decode_step and prefill; csrc/bindings/ops.cpp has their schemas.
+``_C`` has them for the CPU, and their schemas (csrc/bindings/ops.cpp); librecycle_cuda.so, where it was built, for
+GPUs (csrc/bindings/cuda_ops.cpp); prefill on a GPU is PyTorch (gpu_prefill.py). Here are the shapes of what they
+return, for torch.compile, export and opcheck.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from recycle_ext import _C  # noqa: F401  (registers the ops)
+from recycle_ext import _C
+from recycle_ext.errors import RecycleError
+from recycle_ext.gpu_prefill import prefill as gpu_prefill
+
+_CUDA_LIBRARY = Path(_C.__file__).with_name("librecycle_cuda.so")
+HAS_CUDA_OPS = torch.version.cuda is not None and _CUDA_LIBRARY.exists()
+
+if HAS_CUDA_OPS:
+    torch.ops.load_library(_CUDA_LIBRARY)
+    torch.library.impl("recycle::prefill", "cuda", gpu_prefill)
+
+    @torch.library.register_fake("recycle::finish_prefill")
+    def _(weights, plan, base_cache, module_cache, pending, lengths, *rest) -> tuple:
+        return torch.empty_like(pending), torch.empty_like(lengths)
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device, if it is there and this installation runs on it; raises RecycleError if not."""
+    try:
+        asked = torch.device(device)
+    except RuntimeError:
+        asked = None
+    if asked is None or asked.type not in ("cpu", "cuda"):
+        raise RecycleError(f"device is {str(device)!r}; it must be cpu, cuda or cuda:N")
+    if asked.type == "cpu":
+        return torch.device("cpu")
+    if torch.version.cuda is None:
+        raise RecycleError(
+            f"device is {str(device)!r}, but torch {torch.__version__} was built without CUDA"
+        )
+    if not _CUDA_LIBRARY.exists():
+        raise RecycleError(
+            f"device is {str(device)!r}, but recycle_ext was built without CUDA: install it again where "
+            "nvcc is on the PATH, with RECYCLE_CUDA=ON to see why if it fails"
+        )
+    count = torch.cuda.device_count()
+    index = asked.index or 0
+    if index >= count:
+        raise RecycleError(f"device is {str(device)!r}, but torch finds {count} GPUs")
+    return torch.device("cuda", index)
 
 
 @torch.library.register_fake("recycle::attention_decode")

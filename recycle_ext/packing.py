@@ -7,6 +7,7 @@ time, so that loading needs little more memory than the result.
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,6 +64,12 @@ class PackedModel:
         if self.module_config is None:
             return 0
         return self.module_config.draft_vocab_size or self.config.vocab_size
+
+    def to(self, device: torch.device) -> PackedModel:
+        """The same with its weights on a device; the plan, which calls read, stays with the CPU."""
+        if self.weights.device == device:
+            return self
+        return dataclasses.replace(self, weights=self.weights.to(device))
 
     def step_bytes(self, drafts: int) -> int:
         """Bytes of weights that one decode step reads: every matrix once, the module once a draft."""

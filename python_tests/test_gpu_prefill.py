@@ -1,0 +1,92 @@
+"""recycle_ext.gpu_prefill without a GPU: the same PyTorch code on CPU tensors, against the CPU's kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import ARCHITECTURES, reference_base, write_base, write_module
+from test_recycle_head import dequantised
+from tolerance import assert_as_good_as
+
+from recycle_ext import gpu_prefill
+from recycle_ext.decoder import Decoder
+from recycle_ext.gpu_prefill import Matrix, Plan, fill_caches
+from recycle_ext.packing import FORMATS, pack_matrix, pack_model
+from recycle_ext.reference import KvCache
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (17, 96), (64, 64), (33, 160)])
+def test_a_matrix_is_unpacked_exactly(format, n, k):
+    matrix = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k))
+    packed = Matrix(pack_matrix(matrix, format), 0, FORMATS[format], n, k)
+    exact = dequantised(matrix, format)
+    assert torch.equal(packed.all(), exact.to(packed.dtype))
+    ids = torch.tensor([n - 1, 0, n // 2, n - 1])
+    assert torch.equal(packed.rows(ids), exact[ids].float())
+
+
+def compare(base, module, dtype, length, tolerance):
+    packed = pack_model(base, module, dtype)
+    prompt = torch.randint(0, 101, (length,), generator=torch.Generator().manual_seed(3))
+    expected, ours = (
+        Decoder(
+            packed, "verify" if module else "standard", batch=2, capacity=300,
+            cache_dtype=torch.float32,
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    expected.prefill(prompt.tolist(), 1)
+    fill_caches(
+        Plan(packed.weights, packed.plan),
+        ours.base_cache,
+        ours.module_cache if module else None,
+        1,
+        prompt,
+    )
+    caches = [(ours.base_cache, expected.base_cache)]
+    caches += [(ours.module_cache, expected.module_cache)] if module else []
+    for given, exact in caches:
+        rows = slice(0, length - 1)
+        torch.testing.assert_close(
+            given[:, :, 1, :, rows], exact[:, :, 1, :, rows], rtol=0, atol=tolerance
+        )
+        assert not given[:, :, 0].any()
+        assert not given[:, :, 1, :, length - 1 :].any()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture(tmp_path, architecture):
+    compare(write_base(tmp_path, architecture), None, "f32", 40, 2e-5)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"norms": False}, {"input_bias": True, "n_layers": 2}, {"zero_first_embedding": True}],
+    ids=str,
+)
+def test_every_kind_of_module(tmp_path, kind):
+    base = write_base(tmp_path / "base", "qwen3")
+    compare(base, write_module(tmp_path / "module", base, **kind), "f32", 40, 2e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 100])
+def test_prompts_longer_than_one_pass(tmp_path, monkeypatch, length):
+    monkeypatch.setattr(gpu_prefill, "ROWS", 16)
+    base = write_base(tmp_path / "base")
+    compare(base, write_module(tmp_path / "module", base), "f32", length, 2e-5)
+
+
+def test_in_bfloat16_it_is_as_exact_as_the_model_in_pytorch(tmp_path):
+    base = write_base(tmp_path)
+    prompt = torch.randint(0, 101, (40,), generator=torch.Generator().manual_seed(3))
+    packed = pack_model(base, None, "bf16")
+    ours = Decoder(packed, "standard", capacity=300, cache_dtype=torch.bfloat16).base_cache
+    fill_caches(Plan(packed.weights, packed.plan), ours, None, 0, prompt)
+    exact, native = KvCache(), KvCache()
+    reference_base(base)(prompt[None, :-1], exact)
+    reference_base(base, torch.bfloat16)(prompt[None, :-1], native)
+    for layer in range(base.config.n_layers):
+        for kv in (0, 1):
+            truth = exact.held(layer)[kv][0]
+            assert_as_good_as(ours[layer, kv, 0, :, :39], native.held(layer)[kv][0], truth)

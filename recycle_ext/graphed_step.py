@@ -1,0 +1,53 @@
+"""A decode step as one CUDA graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class GraphedStep:
+    """decode_step with fixed arguments, captured once; steps may be started before earlier ones are read.
+
+    arguments: as the op takes them, all state on a GPU. The step has one shape whatever is accepted, allocates
+    nothing and never waits, so a replay is all that a step costs the CPU.
+    """
+
+    def __init__(self, arguments: tuple) -> None:
+        self._arguments = arguments  # the graph has their addresses
+        weights, plan, base_cache, module_cache, pending, *rest = arguments
+        # Loads the kernels, which a capture must not: with all sequences idle it changes nothing.
+        idle = torch.full_like(pending, -1)
+        torch.ops.recycle.decode_step(weights, plan, base_cache, module_cache, idle, *rest)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._results = torch.ops.recycle.decode_step(*arguments)
+        # Results of steps that were started and not read yet, oldest first; buffers take turns.
+        self._under_way: list[tuple[tuple[Tensor, ...], torch.cuda.Event]] = []
+        self._free = [
+            tuple(torch.empty(r.shape, dtype=r.dtype, pin_memory=True) for r in self._results)
+            for _ in range(2)
+        ]
+
+    @property
+    def under_way(self) -> int:
+        """Steps that were started and not read, at most 2."""
+        return len(self._under_way)
+
+    def start(self) -> None:
+        """Starts a step, and returns."""
+        self._graph.replay()
+        buffers = self._free.pop()
+        for buffer, result in zip(buffers, self._results, strict=True):
+            buffer.copy_(result, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        self._under_way.append((buffers, done))
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """tokens and counts of the oldest step that was started, on the CPU; waits for it."""
+        buffers, done = self._under_way.pop(0)
+        done.synchronize()
+        tokens, counts = (buffer.clone() for buffer in buffers)
+        self._free.append(buffers)
+        return tokens, counts
