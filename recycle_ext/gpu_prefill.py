@@ -42,7 +42,8 @@ class Matrix:
         wide = self.format in (FORMATS["f32"], FORMATS["f16"])
         return torch.float32 if wide else torch.bfloat16
 
-    def _panel_bytes(self) -> int:
+    def panel_bytes(self) -> int:
+        """Of 16 rows."""
         if self.format == FORMATS["f32"]:
             return self.k * PANEL * 4
         if self.format in (FORMATS["f16"], FORMATS["bf16"]):
@@ -58,15 +59,16 @@ class Matrix:
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows [len(ids), k], float32."""
-        unpacked = self._unpack(self._panels()[ids // PANEL])
+        unpacked = self._unpack(self.panels()[ids // PANEL])
         return unpacked[torch.arange(len(ids), device=ids.device), ids % PANEL].float()
 
     def all(self) -> Tensor:
         """[n, k] of ``dtype``."""
-        return self._unpack(self._panels()).reshape(-1, self.k)[: self.n].to(self.dtype)
+        return self._unpack(self.panels()).reshape(-1, self.k)[: self.n].to(self.dtype)
 
-    def _panels(self) -> Tensor:
-        count, size = -(-self.n // PANEL), self._panel_bytes()
+    def panels(self) -> Tensor:
+        """uint8 [panels, panel_bytes]"""
+        count, size = -(-self.n // PANEL), self.panel_bytes()
         return self.weights[self.offset : self.offset + count * size].view(count, size)
 
     def _unpack(self, panels: Tensor) -> Tensor:
@@ -161,8 +163,9 @@ class Plan:
         next(self.numbers)  # vocabulary
         self.embedding = self._matrix()
         self.final_norm = self._vector(self.base.hidden)
-        self._matrix()  # head
+        self.head = self._matrix()
         self.base_layers = list(self._layers(self.base))
+        self.module = None
         if not has_module:
             return
         self.module = self._stack()
@@ -171,10 +174,13 @@ class Plan:
         self.input_bias = self._vector(hidden)
         self.embed_norm = self._vector(hidden)
         self.hidden_norm = self._vector(hidden)
-        self._vector(hidden)  # output norm
-        next(self.numbers)  # draft vocabulary
-        self._matrix()  # head
-        next(self.numbers)
+        self.output_norm = self._vector(hidden)
+        size = next(self.numbers)
+        self.module_head = self._matrix()
+        offset = next(self.numbers)
+        self.draft_vocab = (
+            None if offset < 0 else self.weights[offset : offset + size * 8].view(torch.int64)
+        )
         self.zero_first_embedding = bool(next(self.numbers))
         self.module_layers = list(self._layers(self.module))
 

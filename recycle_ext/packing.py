@@ -233,26 +233,35 @@ def pack_model(
                 f"{base.path}: {what} is {getattr(config, what)}; the kernels need a multiple of 16"
             )
 
-    def describe(plan: _Plan) -> tuple[int, int, int]:
-        return _describe(plan, base, module, dtype)
-
-    dry = _Plan(None)
-    describe(dry)
-    weights = torch.empty(dry.bytes, dtype=torch.uint8)
+    _, size, _, _ = describe_plan(base, module, dtype)
+    weights = torch.empty(size, dtype=torch.uint8)
     _C.use_huge_pages(weights.numpy())
-    plan = _Plan(weights)
-    layer_bytes, head_bytes, module_bytes = describe(plan)
-    plan.entries[2] = len(plan.entries)
+    entries, _, parts, formats = describe_plan(base, module, dtype, weights)
     return PackedModel(
-        weights=weights,
-        plan=torch.tensor(plan.entries, dtype=torch.int64),
-        config=config,
-        module_config=module.config if module is not None else None,
-        layer_bytes=layer_bytes,
-        head_bytes=head_bytes,
-        module_bytes=module_bytes,
-        formats=", ".join(sorted(plan.formats, key=plan.formats.get, reverse=True)),
+        weights,
+        torch.tensor(entries, dtype=torch.int64),
+        config,
+        module.config if module is not None else None,
+        *parts,
+        formats,
     )
+
+
+def describe_plan(
+    base: Checkpoint,
+    module: ModuleCheckpoint | None,
+    dtype: str | None,
+    weights: Tensor | None = None,
+) -> tuple[list[int], int, tuple[int, int, int], str]:
+    """The plan's entries, the bytes of the weights, those of layers, head and module, and the formats.
+
+    weights: uint8 of that size, to be filled; None: the tensors aren't read.
+    """
+    plan = _Plan(weights)
+    parts = _describe(plan, base, module, dtype)
+    plan.entries[2] = len(plan.entries)
+    formats = ", ".join(sorted(plan.formats, key=plan.formats.get, reverse=True))
+    return plan.entries, plan.bytes, parts, formats
 
 
 def _describe(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recycle_ext import _C
+from recycle_ext.bench import gpu_report
 from recycle_ext.bench.contenders import PEERS, Request, check_context, jobs
 from recycle_ext.bench.plot import check_plot, plot
 from recycle_ext.bench.race import Entry, race
@@ -90,6 +91,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--json", metavar="FILE", help="write everything, raw repeats too")
     parser.add_argument("--plot", metavar="FILE.png", help="draw a bar chart (needs matplotlib)")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu (default), or cuda, with --report: models of known shapes on a GPU",
+    )
+    parser.add_argument(
+        "--report",
+        metavar="DIR",
+        help="with --device cuda: tests, compute-sanitizer and figures, written to DIR",
+    )
     return parser.parse_args(arguments)
 
 
@@ -165,6 +176,10 @@ def note(text: str) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measures and prints; returns the exit status."""
+    if options.report is not None:
+        return gpu_report.run(options.device, options.report)
+    if options.device != "cpu":
+        raise RecycleError(f"--device {options.device} needs --report DIR, where its figures go")
     request = check_request(options)
     checkpoint = open_checkpoint(options.model)
     module = module_path(options.module, checkpoint)

@@ -7,7 +7,12 @@ from recycle_ext.errors import RecycleError
 
 KINDS = (".png", ".svg", ".pdf")
 _OUR_COLORS = {"standard": "#9ecae1", "verify": "#3182bd", "alternate": "#08519c"}
-_PEER_COLORS = {"transformers": "#bdbdbd", "torch.compile": "#969696", "llama.cpp": "#fdae6b"}
+_PEER_COLORS = {
+    "transformers": "#bdbdbd",
+    "PyTorch eager": "#d9d9d9",
+    "torch.compile": "#969696",
+    "llama.cpp": "#fdae6b",
+}
 
 
 def check_plot(file: str) -> None:

@@ -1,0 +1,80 @@
+"""The GPU's ops under a CUDA build of torch, with or without a GPU: registered, described, and strict."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import write_base, write_module
+
+from recycle_ext.decoder import Decoder
+from recycle_ext.errors import RecycleError
+from recycle_ext.generation import load
+from recycle_ext.ops import HAS_CUDA_OPS
+from recycle_ext.packing import pack_model
+
+needs_cuda_ops = pytest.mark.skipif(
+    not HAS_CUDA_OPS, reason="needs a CUDA build of torch and of recycle_ext"
+)
+
+
+@needs_cuda_ops
+@pytest.mark.parametrize(
+    "op", ["attention_decode", "recycle_head", "decode_step", "prefill", "finish_prefill"]
+)
+def test_every_op_is_there_for_a_gpu(op):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"recycle::{op}", "CUDA")
+
+
+@needs_cuda_ops
+def test_shapes_are_known_without_a_gpu(tmp_path):
+    base = write_base(tmp_path / "base")
+    packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
+    decoder = Decoder(packed, "verify", 2, batch=3, capacity=40)
+    arguments = decoder.arguments()
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [
+            torch.empty_like(mode.from_tensor(a), device="cuda")
+            if isinstance(a, torch.Tensor)
+            else a
+            for a in arguments
+        ]
+        tokens, counts = torch.ops.recycle.decode_step(*fakes)
+        assert (tokens.shape, tokens.device.type) == ((3, 3), "cuda")
+        assert (counts.shape, counts.dtype) == ((3,), torch.int64)
+        tokens, _ = torch.ops.recycle.finish_prefill(*fakes, 1)
+        assert tokens.shape == (3, 3)
+
+
+@needs_cuda_ops
+def test_a_plan_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="not a plan made by recycle_ext"):
+        torch.ops.recycle.gpu_scratch_bytes(torch.zeros(9, dtype=torch.int64), 0, 1, 1, True, 0)
+
+
+@needs_cuda_ops
+def test_a_gpu_that_is_not_there_is_named(tmp_path):
+    packed = pack_model(write_base(tmp_path), None, "f32")
+    with pytest.raises(ValueError, match="there is no GPU cuda:63"):
+        torch.ops.recycle.gpu_scratch_bytes(packed.plan, packed.weights.numel(), 1, 0, True, 63)
+
+
+@needs_cuda_ops
+def test_a_tensor_on_the_cpu_is_named(tmp_path):
+    """finish_prefill has no kernel for the CPU: its own step is there."""
+    packed = pack_model(write_base(tmp_path), None, "f32")
+    decoder = Decoder(packed, "standard", capacity=40)
+    with pytest.raises(NotImplementedError, match="finish_prefill"):
+        torch.ops.recycle.finish_prefill(*decoder.arguments(), 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("tpu", "device is 'tpu'; it must be cpu, cuda or cuda:N"),
+        ("mps", "device is 'mps'; it must be cpu, cuda or cuda:N"),
+        ("cuda:99", "device is 'cuda:99', but "),
+    ],
+)
+def test_a_device_that_cannot_be_used_is_refused_with_the_reason(device, message):
+    with pytest.raises(RecycleError, match=message):
+        load(device=device)

@@ -1,0 +1,49 @@
+"""What PyTorch alone makes of a model: a forward pass over one token with a static cache, eager or compiled."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recycle_ext.config import ModelConfig
+from recycle_ext.reference import BaseModel, rope_tables, rotate
+
+
+class StaticDecoder(nn.Module):
+    """Greedy decoding of one sequence, as a person would write it for torch.compile: no shape ever changes.
+
+    The weights are a BaseModel's in bfloat16, random. The cache [layers, 2, 1, n_kv_heads, capacity, head_dim] is
+    attended to whole, behind a mask; a step writes its token's keys and values at its position.
+    """
+
+    def __init__(self, config: ModelConfig, capacity: int, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        with torch.device(device):
+            self.base = BaseModel(config).bfloat16()
+            shape = (config.n_layers, 2, 1, config.n_kv_heads, capacity, config.head_dim)
+            self.register_buffer("cache", torch.zeros(shape, dtype=torch.bfloat16))
+            self.register_buffer("everywhere", torch.arange(capacity))
+        self.base.inv_freq = config.inv_freq().to(device)
+
+    @torch.no_grad()
+    def forward(self, token: Tensor, position: Tensor) -> Tensor:
+        """token and position [1] int64 -> the next token [1]."""
+        base = self.base
+        cos, sin = rope_tables(base.inv_freq, position)
+        mask = (self.everywhere <= position)[None, None, None]
+        x = base.model.embed_tokens(token)[None]
+        heads = (1, 1, -1, self.config.head_dim)
+        for layer, cache in zip(base.model.layers, self.cache, strict=True):
+            attention = layer.self_attn
+            normed = layer.input_layernorm(x)
+            q = rotate(attention.q_proj(normed).view(heads).transpose(1, 2), cos, sin)
+            k = rotate(attention.k_proj(normed).view(heads).transpose(1, 2), cos, sin)
+            v = attention.v_proj(normed).view(heads).transpose(1, 2)
+            cache[0].index_copy_(2, position, k)
+            cache[1].index_copy_(2, position, v)
+            out = F.scaled_dot_product_attention(q, cache[0], cache[1], mask, enable_gqa=True)
+            x = x + attention.o_proj(out.transpose(1, 2).reshape(1, 1, -1))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return base.logits(base.model.norm(x))[0].argmax(-1)

@@ -1,0 +1,164 @@
+"""Models of given sizes with random weights, packed: for speed, which doesn't depend on what the weights are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from recycle_ext.config import ModelConfig, ModuleConfig
+from recycle_ext.gpu_prefill import PANEL, Layer, Matrix, Plan, Stack
+from recycle_ext.packing import FORMATS, PackedModel, describe_plan, pack_matrix
+from recycle_ext.shapes import Shapes, base_shapes, module_shapes
+from recycle_ext.tensor_source import TensorSource
+
+
+@dataclass(frozen=True)
+class ShapeOf:
+    """A model to measure, and the modules to measure it with, by name."""
+
+    name: str
+    base: ModelConfig
+    modules: dict[str, ModuleConfig]
+
+
+def _base(name: str, vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int,
+          head_dim: int, tied: bool) -> ModelConfig:  # fmt: skip
+    return ModelConfig(
+        architecture="llama",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        max_position_embeddings=8192,
+        tie_word_embeddings=tied,
+        qkv_bias=False,
+        qk_norm=False,
+        bos_token_id=None,
+        eos_token_ids=(),
+        name=name,
+    )
+
+
+def _module(base: ModelConfig, layers: int, inner: int, heads: int, kv_heads: int,
+            draft_vocab: int = 0) -> ModuleConfig:  # fmt: skip
+    return ModuleConfig(
+        vocab_size=base.vocab_size,
+        hidden_size=base.hidden_size,
+        intermediate_size=inner,
+        n_layers=layers,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        head_dim=base.head_dim,
+        rms_norm_eps=base.rms_norm_eps,
+        rope_theta=base.rope_theta,
+        rope_scaling=None,
+        qkv_bias=False,
+        qk_norm=False,
+        embed_norm=True,
+        hidden_norm=True,
+        output_norm=True,
+        first_input_norm=True,
+        input_bias=False,
+        zero_first_embedding=False,
+        draft_vocab_size=draft_vocab,
+        base_name=base.name,
+        base_fingerprint="",
+    )
+
+
+def _shapes() -> list[ShapeOf]:
+    # The paper's: 24 layers, d 2048, 32 heads, 5504, vocabulary 50,257 (here a multiple of 16); its module has 6
+    # layers and 15% of the parameters, so they are narrower than the base's.
+    paper = _base("RecycleGPT-1.3B", 50272, 2048, 5504, 24, 32, 32, 64, True)
+    small = _base("SmolLM2-135M", 49152, 576, 1536, 30, 9, 3, 64, True)
+    llama = _base("Llama-3.2-1B", 128256, 2048, 8192, 16, 32, 8, 64, True)
+    return [
+        ShapeOf(
+            paper.name,
+            paper,
+            {"module +15%": _module(paper, 6, 3728, 16, 16), "6 full layers": _module(paper, 6, 5504, 32, 32)},
+        ),
+        ShapeOf(small.name, small, {"1 layer": _module(small, 1, 1536, 9, 3, 8192)}),
+        ShapeOf(llama.name, llama, {"1 layer": _module(llama, 1, 8192, 32, 8)}),
+    ]  # fmt: skip
+
+
+SHAPES = _shapes()
+
+
+def random_model(
+    base: ModelConfig, module: ModuleConfig | None, dtype: str, device: torch.device
+) -> PackedModel:
+    """A packed model with random matrices; norms are 1."""
+    entries, size, parts, formats = describe_plan(
+        _sources(base, base_shapes(base)),
+        None if module is None else _sources(module, module_shapes(module)),
+        dtype,
+    )
+    weights = torch.zeros(size, dtype=torch.uint8, device=device)
+    plan = torch.tensor(entries, dtype=torch.int64)
+    parsed = Plan(weights, plan)
+    samples: dict[tuple[int, int], Tensor] = {}
+    _fill(parsed.base, base, parsed.base_layers, samples)
+    for matrix in (parsed.embedding, parsed.head):
+        _fill_matrix(matrix, samples)
+    parsed.final_norm.fill_(1)
+    if module is not None:
+        _fill(parsed.module, module, parsed.module_layers, samples)
+        for matrix in (parsed.input_proj, parsed.module_head):
+            _fill_matrix(matrix, samples)
+        for norm in (parsed.embed_norm, parsed.hidden_norm, parsed.output_norm):
+            norm.fill_(1)
+        if module.draft_vocab_size:
+            parsed.draft_vocab.copy_(torch.arange(module.draft_vocab_size))
+    return PackedModel(weights, plan, base, module, *parts, formats)
+
+
+def _sources(config: ModelConfig | ModuleConfig, shapes: Shapes) -> SimpleNamespace:
+    """What a checkpoint says of its tensors, without a file behind it."""
+    nowhere = Path("random weights")
+    tensors = {
+        name: TensorSource(name, shape, "bf16", nowhere, 0, 0) for name, shape in shapes.items()
+    }
+    if "draft_vocab" in tensors:  # the only one that is looked into before the weights are there
+        tensors["draft_vocab"] = SimpleNamespace(raw_rows=torch.arange)
+    return SimpleNamespace(config=config, tensors=tensors, path=str(nowhere))
+
+
+def _fill(
+    stack: Stack,
+    config: ModelConfig | ModuleConfig,
+    layers: list[Layer],
+    samples: dict[tuple[int, int], Tensor],
+) -> None:
+    stack.inv_freq.copy_(config.inv_freq())
+    for layer in layers:
+        for value in vars(layer).values():
+            if isinstance(value, Matrix):
+                _fill_matrix(value, samples)
+            elif value is not None:
+                value.fill_(1)
+
+
+def _fill_matrix(matrix: Matrix, samples: dict[tuple[int, int], Tensor]) -> None:
+    """A few random panels, over and over."""
+    key = (matrix.format, matrix.k)
+    if key not in samples:
+        format = next(name for name, code in FORMATS.items() if code == matrix.format)
+        rows = torch.randn(8 * PANEL, matrix.k, generator=torch.Generator().manual_seed(0))
+        packed = pack_matrix(rows / matrix.k**0.5, format)
+        samples[key] = packed.view(8, matrix.panel_bytes()).to(matrix.weights.device)
+    panels = matrix.panels()
+    for start in range(0, len(panels), 8):
+        rest = panels[start : start + 8]
+        rest.copy_(samples[key][: len(rest)])
