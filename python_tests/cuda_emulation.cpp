@@ -6,7 +6,7 @@
 namespace {
 
 // Enough for blocks to have several panels in turn, which the models of the tests else never need.
-constexpr recycle::cuda::Device kDevice = {1, true};
+constexpr recycle::cuda::Device kDevice = {1, true, 227 * 1024};
 
 }  // namespace
 

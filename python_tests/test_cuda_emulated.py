@@ -20,7 +20,7 @@ from recycle_ext.packing import pack_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
-    *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
+    *sorted(set((ROOT / "csrc" / "cuda").glob("*.cu")) - {ROOT / "csrc" / "cuda" / "gpu.cu"}),
     ROOT / "csrc" / "cpu" / "plan.cpp",
     ROOT / "python_tests" / "cuda_emulation.cpp",
 ]

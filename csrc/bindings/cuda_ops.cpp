@@ -50,10 +50,18 @@ void check_started(const char* op, bool started) {
                              ": a CUDA kernel didn't start: " + cuda::last_error());
 }
 
-CacheType gpu_cache_type(const char* op, const char* name, const Tensor& cache) {
+// What the kernels ask of a cache beyond what the CPU's do.
+void check_gpu_cache(const char* op, const char* name, const Tensor& cache, int64_t head_dim,
+                     const Device& device) {
   const CacheType type = cache_type(op, name, cache);
   if (type == CacheType::q8) fail(op, name, " is int8; on a GPU it must be float32 or bfloat16");
-  return type;
+  if (reinterpret_cast<uintptr_t>(cache.const_data_ptr()) % 16 != 0)
+    fail(op, name, " must begin at an address that is a multiple of 16 (fresh torch tensors do)");
+  const int64_t bytes = cuda::attention_shared_bytes(type, head_dim);
+  if (bytes > device.shared_bytes)
+    fail(op, name, " of this dtype with head_dim ", head_dim, " needs ", bytes,
+         " bytes of shared memory, and this GPU has ", device.shared_bytes,
+         type == CacheType::f32 ? "; in bfloat16 it needs half" : "");
 }
 
 Tensor attention_decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cache,
@@ -64,8 +72,8 @@ Tensor attention_decode(const Tensor& q, const Tensor& k, const Tensor& v, const
   const Place place = place_of(op, "q", q);
   AttentionParams params =
       check_attention(op, q, k, v, cache, lengths, inv_freq, q_norm, k_norm, eps, place);
-  gpu_cache_type(op, "cache", cache);
   const Device device = device_of(op, place);
+  check_gpu_cache(op, "cache", cache, params.head_dim, device);
   const OnGpu on(place.gpu);
   Tensor out = torch::stable::empty_like(q);
   params.out = data<float>(out);
@@ -114,9 +122,9 @@ std::tuple<Tensor, Tensor> step(const char* op, const Tensor& weights, const Ten
         return cuda::decode_scratch_bytes(*state.model, state.batch, state.drafts,
                                           state.sampling.greedy(), device);
       });
-  gpu_cache_type(op, "base_cache", base_cache);
+  check_gpu_cache(op, "base_cache", base_cache, model.base.stack.head_dim, device);
   if (state.drafts > 0) {
-    gpu_cache_type(op, "module_cache", module_cache);
+    check_gpu_cache(op, "module_cache", module_cache, model.module.stack.head_dim, device);
     if (module_cache.scalar_type() != base_cache.scalar_type())
       fail(op, "module_cache is ", name_of(module_cache.scalar_type()), ", base_cache ",
            name_of(base_cache.scalar_type()), "; they must be the same");

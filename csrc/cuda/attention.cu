@@ -25,6 +25,34 @@ int64_t round_to_16(int64_t bytes) {
   return (bytes + 15) / 16 * 16;
 }
 
+// Elements of 16 bytes, and these as floats.
+template <class T>
+constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
+
+RECYCLE_DEVICE void widen(uint4 raw, float (&values)[4]) {
+  values[0] = std::bit_cast<float>(raw.x);
+  values[1] = std::bit_cast<float>(raw.y);
+  values[2] = std::bit_cast<float>(raw.z);
+  values[3] = std::bit_cast<float>(raw.w);
+}
+RECYCLE_DEVICE void widen(uint4 raw, float (&values)[8]) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values[2 * i] = std::bit_cast<float>(words[i] << 16);
+    values[2 * i + 1] = std::bit_cast<float>(words[i] & 0xFFFF0000u);
+  }
+}
+
+// Two neighbours as floats.
+RECYCLE_DEVICE float2 read_two(const float* at) {
+  return *reinterpret_cast<const float2*>(at);
+}
+RECYCLE_DEVICE float2 read_two(const uint16_t* at) {
+  const uint32_t word = *reinterpret_cast<const uint32_t*>(at);
+  return {std::bit_cast<float>(word << 16), std::bit_cast<float>(word & 0xFFFF0000u)};
+}
+
 // A row of a tile has 16 bytes more than a row of the cache, so that threads that read the same column of
 // different rows meet different banks.
 template <class T>
@@ -38,12 +66,6 @@ int64_t shared_bytes(int64_t head_dim) {
          (kQueries * (head_dim + kChunk + 3) + 1) * 4;
 }
 
-RECYCLE_DEVICE float read(float value) {
-  return value;
-}
-RECYCLE_DEVICE float read(uint16_t value) {
-  return bf16_to_float(value);
-}
 RECYCLE_DEVICE void write(float value, float* to) {
   *to = value;
 }
@@ -157,15 +179,21 @@ class AttendBlock {
     return reinterpret_cast<T*>(cache.data) + index * cache.capacity * head_dim_;
   }
 
-  // Positions begin .. begin + count of the cache, in 16-byte pieces, but for the new ones.
-  RECYCLE_DEVICE void load_tile(const T* from, int begin, int count, T* tile) {
-    constexpr int kPiece = 16 / sizeof(T);
-    const int pieces = head_dim_ / kPiece;
+  // Keys and values at begin .. begin + count, in 16-byte pieces, but for the new ones.
+  RECYCLE_DEVICE void load_tiles(int begin, int count) {
+    const int pieces = head_dim_ / kPiece<T>;
     const int old = base_ - begin < count ? base_ - begin : count;
+    const T* from[2] = {cache(0) + begin * int64_t{head_dim_},
+                        cache(1) + begin * int64_t{head_dim_}};
+#pragma unroll 4
     for (int i = threadIdx.x; i < old * pieces; i += kBlockThreads) {
-      const int row = i / pieces, piece = i % pieces * kPiece;
-      *reinterpret_cast<uint4*>(tile + row * tile_row<T>(head_dim_) + piece) =
-          *reinterpret_cast<const uint4*>(from + (begin + row) * int64_t{head_dim_} + piece);
+      const int row = i / pieces, piece = i % pieces * kPiece<T>;
+      const int64_t at = row * int64_t{head_dim_} + piece;
+      const uint4 key = *reinterpret_cast<const uint4*>(from[0] + at);
+      const uint4 value = *reinterpret_cast<const uint4*>(from[1] + at);
+      const int64_t to = row * tile_row<T>(head_dim_) + piece;
+      *reinterpret_cast<uint4*>(keys_ + to) = key;
+      *reinterpret_cast<uint4*>(values_ + to) = value;
     }
   }
 
@@ -194,8 +222,7 @@ class AttendBlock {
 
   RECYCLE_DEVICE void attend_chunk(int begin) {
     const int count = end_ - begin < kChunk ? end_ - begin : kChunk;
-    load_tile(cache(0), begin, count, keys_);
-    load_tile(cache(1), begin, count, values_);
+    load_tiles(begin, count);
     if (base_ < begin + count) append(begin, count);
     __syncthreads();
     score(begin, count);
@@ -217,14 +244,16 @@ class AttendBlock {
     for (int i = 0; i < kOwn; ++i) sums[i] = 0;
     if (p < count) {
       const T* key = keys_ + p * tile_row<T>(head_dim_);
-      for (int d = 0; d < head_dim_; d += 2) {
-        const float low = read(key[d]), high = read(key[d + 1]);
+      for (int d = 0; d < head_dim_; d += kPiece<T>) {
+        float elements[kPiece<T>];
+        widen(*reinterpret_cast<const uint4*>(key + d), elements);
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) {
           const int query = first + i * kTurns;
           if (query >= n_queries_) continue;
-          sums[i] = fmaf(low, queries_[query * head_dim_ + d], sums[i]);
-          sums[i] = fmaf(high, queries_[query * head_dim_ + d + 1], sums[i]);
+#pragma unroll
+          for (int e = 0; e < kPiece<T>; ++e)
+            sums[i] = fmaf(elements[e], queries_[query * head_dim_ + d + e], sums[i]);
         }
       }
     }
@@ -281,15 +310,14 @@ class AttendBlock {
       sums_[i][1] *= correction_[query];
     }
     for (int p = 0; p < count; ++p) {
-      const T* value = values_ + p * tile_row<T>(head_dim_) + d;
-      const float low = read(value[0]), high = read(value[1]);
+      const float2 two = read_two(values_ + p * tile_row<T>(head_dim_) + d);
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
         const int query = first + i * step;
         if (query >= n_queries_) continue;
         const float weight = scores_[query * kChunk + p];
-        sums_[i][0] = fmaf(weight, low, sums_[i][0]);
-        sums_[i][1] = fmaf(weight, high, sums_[i][1]);
+        sums_[i][0] = fmaf(weight, two.x, sums_[i][0]);
+        sums_[i][1] = fmaf(weight, two.y, sums_[i][1]);
       }
     }
   }
@@ -320,20 +348,31 @@ class AttendBlock {
   }
 
   RECYCLE_DEVICE void merge(int splits) {
-    for (int i = threadIdx.x; i < n_queries_ * head_dim_; i += kBlockThreads) {
-      const int64_t at = query_at(i / head_dim_);
-      const int d = i % head_dim_;
+    // scores_ [queries, kSplits]: what a split counts for.
+    static_assert(kSplits <= kChunk);
+    if (static_cast<int>(threadIdx.x) < n_queries_) {
+      const int64_t at = query_at(threadIdx.x);
+      float* factors = scores_ + threadIdx.x * kSplits;
       float largest = -INFINITY;
       for (int s = 0; s < splits; ++s)
         largest = fmaxf(largest, call_.arrays.maximum[s * n_all() + at]);
-      float value = 0, total = 0;
+      float total = 0;
       for (int s = 0; s < splits; ++s) {
-        const int64_t part = s * n_all() + at;
-        const float factor = expf(call_.arrays.maximum[part] - largest);
-        total = fmaf(factor, call_.arrays.total[part], total);
-        value = fmaf(factor, call_.arrays.weighted[part * head_dim_ + d], value);
+        factors[s] = expf(call_.arrays.maximum[s * n_all() + at] - largest);
+        total = fmaf(factors[s], call_.arrays.total[s * n_all() + at], total);
       }
-      call_.arrays.out[at * head_dim_ + d] = value / total;
+      total_[threadIdx.x] = total;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < n_queries_ * head_dim_; i += kBlockThreads) {
+      const int query = i / head_dim_;
+      const int64_t at = query_at(query) * head_dim_ + i % head_dim_;
+      float value = 0;
+#pragma unroll 4
+      for (int s = 0; s < splits; ++s)
+        value = fmaf(scores_[query * kSplits + s],
+                     call_.arrays.weighted[s * n_all() * head_dim_ + at], value);
+      call_.arrays.out[at] = value / total_[query];
     }
   }
 
@@ -356,15 +395,18 @@ __global__ void __launch_bounds__(kBlockThreads, 4) attend_kernel(AttentionCall 
 
 }  // namespace
 
+int64_t attention_shared_bytes(CacheType type, int64_t head_dim) {
+  return type == CacheType::f32 ? shared_bytes<float>(head_dim) : shared_bytes<uint16_t>(head_dim);
+}
+
 void attend(Launcher& launcher, const AttentionCall& call) {
   const int group = call.n_heads / call.n_kv_heads;
   const dim3 grid(kSplits, call.n_kv_heads * call.rows.batch, query_tiles(call.rows.width, group));
+  const int64_t bytes = attention_shared_bytes(call.cache.type, call.head_dim);
   if (call.cache.type == CacheType::f32)
-    launcher.run(attend_kernel<float>, grid, kBlockThreads, shared_bytes<float>(call.head_dim),
-                 call);
+    launcher.run(attend_kernel<float>, grid, kBlockThreads, bytes, call);
   else
-    launcher.run(attend_kernel<uint16_t>, grid, kBlockThreads,
-                 shared_bytes<uint16_t>(call.head_dim), call);
+    launcher.run(attend_kernel<uint16_t>, grid, kBlockThreads, bytes, call);
 }
 
 }  // namespace recycle::cuda

@@ -14,6 +14,7 @@
 #if defined(RECYCLE_EMULATE_CUDA)
 #include "emulation.h"
 #else
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #define RECYCLE_DEVICE __device__ __forceinline__
@@ -45,6 +46,16 @@ RECYCLE_DEVICE uint4 load_weights(const std::byte* from) {
   return value;
 }
 
+RECYCLE_DEVICE uint2 load_weights_8(const std::byte* from) {
+  uint2 value;
+  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(from));
+  return value;
+}
+
+RECYCLE_DEVICE float from_half(uint16_t half) {
+  return __half2float(__ushort_as_half(half));
+}
+
 RECYCLE_DEVICE void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -65,28 +76,36 @@ RECYCLE_DEVICE void prefetch(const std::byte* from, int64_t bytes) {
 #endif
 }
 
+// The 128 bytes there, into the L2 cache.
+RECYCLE_DEVICE void prefetch_line(const void* at) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#endif
+}
+
 // True for the last of `count` blocks that call this on a counter, which must be 0 at first and is 0 again
 // afterwards: what the others wrote before is then visible to it. All threads call; `flag` is shared memory.
 RECYCLE_DEVICE bool is_last_block(unsigned* counter, unsigned count, unsigned* flag) {
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();
     const unsigned before = atomicAdd(counter, 1);
     *flag = before == count - 1;
     if (before == count - 1) *counter = 0;
+    __threadfence();
   }
   __syncthreads();
-  __threadfence();
   return *flag != 0;
 }
 
-// Starts a kernel; false if CUDA refuses, last_error() then says why.
+// Starts a kernel; false if CUDA refuses, last_error() then says why. most_shared: what this GPU allows a block.
 template <class... Parameters, class... Arguments>
 bool launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes,
-            Stream stream, bool overlap, const Arguments&... arguments) {
+            int64_t most_shared, Stream stream, bool overlap, const Arguments&... arguments) {
+  // Always to the most, so that threads of the host don't lower it for each other.
   if (shared_bytes > 48 * 1024 &&
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(shared_bytes)) != cudaSuccess)
+                           static_cast<int>(most_shared)) != cudaSuccess)
     return false;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

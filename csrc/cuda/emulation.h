@@ -19,6 +19,8 @@
 #include <random>
 #include <vector>
 
+#include "recycle/numbers.h"
+
 #define __global__
 #define __launch_bounds__(...)
 #define __restrict__
@@ -194,13 +196,22 @@ inline uint4 load_weights(const std::byte* from) {
   std::memcpy(&value, from, sizeof value);
   return value;
 }
+inline uint2 load_weights_8(const std::byte* from) {
+  uint2 value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+inline float from_half(uint16_t half) {
+  return half_to_float(half);
+}
 inline void let_next_start() {}
 inline void wait_for_previous() {}
 inline void prefetch(const std::byte*, int64_t) {}
+inline void prefetch_line(const void*) {}
 
 template <class... Parameters, class... Arguments>
-bool launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, Stream,
-            bool, const Arguments&... arguments) {
+bool launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, int64_t,
+            Stream, bool, const Arguments&... arguments) {
   Emulator::get().run(grid, threads, shared_bytes, [&] { kernel(Parameters(arguments)...); });
   return true;
 }

@@ -15,6 +15,7 @@ struct GateUpOp {
   int64_t k, units;
   Input input;
 
+  int format() const { return common_format(gate, up); }
   RECYCLE_DEVICE Matrix matrix(int m, int64_t) const { return m == 0 ? gate : up; }
   RECYCLE_DEVICE int64_t panel(int64_t unit) const { return unit; }
   RECYCLE_DEVICE void put(State&, int row, int64_t unit, int lane, const float (&values)[2]) const {

@@ -24,6 +24,7 @@ struct HeadOp {
   int64_t k, units;
   Input input;
 
+  int format() const { return common_format(head); }
   RECYCLE_DEVICE Matrix matrix(int, int64_t) const { return head; }
   RECYCLE_DEVICE int64_t panel(int64_t unit) const { return unit; }
   RECYCLE_DEVICE void put(State& state, int row, int64_t unit, int lane,

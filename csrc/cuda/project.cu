@@ -20,6 +20,7 @@ struct ProjectOp {
   int64_t k, units;
   Input input;
 
+  int format() const { return common_format(weights); }
   RECYCLE_DEVICE Matrix matrix(int, int64_t) const { return weights; }
   RECYCLE_DEVICE int64_t panel(int64_t unit) const { return unit; }
   RECYCLE_DEVICE void put(State&, int row, int64_t unit, int lane, const float (&values)[1]) const {

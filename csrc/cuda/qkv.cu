@@ -18,6 +18,7 @@ struct QkvOp {
   int64_t k, units;
   Input input;
 
+  int format() const { return common_format(matrices[0], matrices[1], matrices[2]); }
   RECYCLE_DEVICE int of(int64_t unit) const { return unit < ends[0] ? 0 : unit < ends[1] ? 1 : 2; }
   RECYCLE_DEVICE Matrix matrix(int, int64_t unit) const { return matrices[of(unit)]; }
   RECYCLE_DEVICE int64_t panel(int64_t unit) const {

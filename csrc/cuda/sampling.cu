@@ -28,7 +28,9 @@ RECYCLE_DEVICE uint32_t key_of(float value) {
 }
 
 struct Shared {
-  Mass bins[kBins];
+  // A weight's bits 0 to 13, 14 to 27 and the rest, added up apart: 32 bits have native atomics, and hold the sums
+  // of 2^18 tokens.
+  unsigned bins[3][kBins];
   float parts[kRowWarps];
   Mass above;  // counted or summed up above the bin that was chosen
   int bin;
@@ -53,18 +55,33 @@ RECYCLE_DEVICE uint32_t find_cut(Shared& shared, const float* values, int64_t n,
   uint32_t prefix = 0;
   Mass passed = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
-    for (int i = threadIdx.x; i < kBins; i += kRowThreads) shared.bins[i] = 0;
+    for (int i = threadIdx.x; i < 3 * kBins; i += kRowThreads)
+      shared.bins[i / kBins][i % kBins] = 0;
     __syncthreads();
     for (int64_t i = threadIdx.x; i < n; i += kRowThreads) {
       const uint32_t key = key_of(values[i]);
       if (shift < 24 && key >> (shift + 8) != prefix) continue;
-      atomicAdd(&shared.bins[key >> shift & (kBins - 1)], weight(values[i]));
+      const Mass mass = weight(values[i]);
+      const uint32_t bin = key >> shift & (kBins - 1);
+      const unsigned parts[3] = {static_cast<unsigned>(mass & 0x3FFF),
+                                 static_cast<unsigned>(mass >> 14 & 0x3FFF),
+                                 static_cast<unsigned>(mass >> 28)};
+      for (int part = 0; part < 3; ++part)
+        if (parts[part] != 0) atomicAdd(&shared.bins[part][bin], parts[part]);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
       Mass sum = passed;
       int bin = kBins - 1;
-      while (bin > 0 && sum + shared.bins[bin] < target) sum += shared.bins[bin--];
+      const auto mass_of = [&](int i) {
+        return shared.bins[0][i] + (Mass{shared.bins[1][i]} << 14) +
+               (Mass{shared.bins[2][i]} << 28);
+      };
+      for (; bin > 0; --bin) {
+        const Mass mass = mass_of(bin);
+        if (sum + mass >= target) break;
+        sum += mass;
+      }
       shared.bin = bin;
       shared.above = sum;
     }

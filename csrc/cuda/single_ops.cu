@@ -33,6 +33,8 @@ struct AttentionWork {
 __global__ void positions_kernel(const int64_t* lengths, int n_rows, int64_t capacity,
                                  int64_t row_size, int* positions, float* out, unsigned* arrived,
                                  int n_arrived) {
+  let_next_start();
+  wait_for_previous();
   const int64_t length = lengths[blockIdx.x];
   const bool fits = length >= 0 && length <= capacity - n_rows;
   for (int i = threadIdx.x; i < n_rows; i += kThreads)
@@ -64,6 +66,8 @@ struct HeadWork {
 };
 
 __global__ void copy_kernel(const float* from, int64_t n, float* to) {
+  let_next_start();
+  wait_for_previous();
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i < n) to[i] = from[i];
 }
@@ -71,6 +75,8 @@ __global__ void copy_kernel(const float* from, int64_t n, float* to) {
 // A block a row: its token, and log softmax(logits)[token].
 __global__ void __launch_bounds__(kDrawThreads)
     head_result_kernel(HeadParams params, HeadWork work) {
+  let_next_start();
+  wait_for_previous();
   const int64_t row = blockIdx.x;
   const int64_t n = params.head.n;
   const float* logits = work.logits + row * n;

@@ -11,11 +11,15 @@ namespace recycle::cuda {
 struct Device {
   int multiprocessors = 1;
   bool overlap = false;  // may start a kernel before the one before it is done (Hopper and later)
+  int64_t shared_bytes = 48 * 1024;  // of memory a block may have
 };
 
 // Bytes of GPU memory that decode_step() works in.
 int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t drafts, bool greedy,
                              const Device& device);
+
+// Shared memory that attention needs a block.
+int64_t attention_shared_bytes(CacheType type, int64_t head_dim);
 
 // Starts the step and returns: nothing waits for the GPU, nothing is allocated, and which kernels start depends on
 // the sizes alone, so that a CUDA graph can hold it. tokens [batch, drafts + 1], counts [batch], in GPU memory;
