@@ -227,9 +227,12 @@ def test_more_chunks_than_splits(tmp_path, library):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "q8", "q4"])
-@pytest.mark.parametrize(("hidden", "intermediate"), [(576, 1536), (1056, 32), (32, 2080)])
-def test_products_of_odd_sizes(tmp_path, library, dtype, hidden, intermediate):
-    """Rows of a panel that are no multiple of what a block reads at once, and a vocabulary of 517."""
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "drafts"),
+    [(576, 1536, 1), (1056, 32, 1), (32, 2080, 1), (32, 4224, 4)],
+)
+def test_products_of_odd_sizes(tmp_path, library, dtype, hidden, intermediate, drafts):
+    """Panels that are no multiple of what a block reads at once, or longer than what it stages; 517 tokens."""
     base = write_base(
         tmp_path / "base",
         hidden_size=hidden,
@@ -238,7 +241,7 @@ def test_products_of_odd_sizes(tmp_path, library, dtype, hidden, intermediate):
         n_layers=1,
     )
     packed = pack_model(base, write_module(tmp_path / "module", base), dtype)
-    compare(library, decoder_of(packed, "alternate", 1, torch.float32), 3)
+    compare(library, decoder_of(packed, "alternate", drafts, torch.float32), 3)
 
 
 def test_sequences_of_different_lengths_and_an_idle_one(tmp_path, library):

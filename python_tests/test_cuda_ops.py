@@ -34,7 +34,7 @@ def test_shapes_are_known_without_a_gpu(tmp_path):
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [
             torch.empty_like(mode.from_tensor(a), device="cuda")
-            if isinstance(a, torch.Tensor)
+            if isinstance(a, torch.Tensor) and a is not packed.plan
             else a
             for a in arguments
         ]
@@ -43,6 +43,11 @@ def test_shapes_are_known_without_a_gpu(tmp_path):
         assert (counts.shape, counts.dtype) == ((3,), torch.int64)
         tokens, _ = torch.ops.recycle.finish_prefill(*fakes, 1)
         assert tokens.shape == (3, 3)
+
+
+@needs_cuda_ops
+def test_the_stream_that_torch_works_in_can_be_found():
+    assert torch.ops.recycle.knows_streams()
 
 
 @needs_cuda_ops

@@ -197,6 +197,30 @@ def test_the_next_step_starts_before_one_is_read(tmp_path):
         assert torch.equal(given[0], expected[0])
 
 
+def test_a_new_prompt_forgets_what_was_started_ahead(tmp_path):
+    base = write_base(tmp_path / "base")
+    packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
+    on_cpu, on_gpu = (
+        Decoder(model, "verify", 1, capacity=30, cache_dtype=torch.float32)
+        for model in (packed, packed.to(CUDA))
+    )
+    for prompt in (PROMPT, [29, 6, 84]):
+        given = on_gpu.stream(prompt)
+        assert [next(given) for _ in range(9)] == list(on_cpu.stream(prompt))[:9]
+
+
+def test_a_step_without_a_graph(tmp_path):
+    """For compute-sanitizer, which needs every tensor in memory of its own."""
+    base = write_base(tmp_path / "base")
+    packed = pack_model(base, write_module(tmp_path / "module", base), "bf16").to(CUDA)
+    decoder = Decoder(packed, "verify", 2, batch=2, capacity=400)
+    decoder.prefill(PROMPT, 1)
+    for _ in range(3):
+        _, counts = torch.ops.recycle.decode_step(*decoder.arguments())
+    assert counts[0] == 0
+    assert counts[1] > 0
+
+
 def test_inside_a_graph_and_a_compiled_function_of_the_users_own(tmp_path):
     base = write_base(tmp_path / "base")
     packed = pack_model(base, write_module(tmp_path / "module", base), "bf16").to(CUDA)

@@ -18,11 +18,12 @@ def read_bandwidth(device: torch.device, size: int, repeats: int = 10) -> float:
     source = torch.zeros(max(size, 256_000_000), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = []
-    for _ in range(repeats + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
+    with torch.cuda.device(device):
+        for _ in range(repeats + 1):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            target.copy_(source)
+            end.record()
+            end.synchronize()
+            seconds.append(start.elapsed_time(end) / 1e3)
     return 2 * source.numel() / statistics.median(seconds[1:])

@@ -166,9 +166,9 @@ class Decoder:
                 f"the prompt has {len(prompt)} tokens; there is room for {self.capacity}, "
                 "new tokens included"
             )
-        torch.ops.recycle.prefill(
-            *self.arguments(), sequence, torch.tensor(prompt, dtype=torch.int64)
-        )
+        self._forget_steps(sequence)
+        ids = torch.tensor(prompt, dtype=torch.int64, device="cpu")
+        torch.ops.recycle.prefill(*self.arguments(), sequence, ids)
         return int(self.pending[sequence, 0])
 
     def step(self) -> tuple[Tensor, Tensor]:
@@ -180,7 +180,7 @@ class Decoder:
         self.steps += 1
         if not self.model.weights.is_cuda:
             return torch.ops.recycle.decode_step(*self.arguments())
-        graph = self._graphed()
+        graph = self.capture()
         if not graph.under_way:
             graph.start()
         return self._checked(*graph.read())
@@ -193,12 +193,13 @@ class Decoder:
         """
         while True:
             if self.model.weights.is_cuda:
-                graph = self._graphed()
+                graph = self.capture()
                 while graph.under_way < 2:
                     graph.start()
             yield self.step()
 
-    def _graphed(self) -> GraphedStep:
+    def capture(self) -> GraphedStep:
+        """The step's graph, on a GPU; made at the first call, which takes a fraction of a second."""
         if self._graph is None:
             self._graph = GraphedStep(self.arguments())
         return self._graph
@@ -224,7 +225,13 @@ class Decoder:
 
     def release(self, sequence: int) -> None:
         """Ends a sequence: steps leave it out until the next prefill."""
+        self._forget_steps(sequence)
         self.pending[sequence] = -1
+
+    def _forget_steps(self, sequence: int) -> None:
+        """What was started ahead belongs to the text before."""
+        if self._graph is not None:
+            self._graph.forget(sequence)
 
     def stream(self, prompt: Sequence[int]) -> Iterator[int]:
         """Token ids after the prompt, one by one, until the capacity is reached (batch 1)."""

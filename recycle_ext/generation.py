@@ -176,6 +176,8 @@ class Generation(Iterator[str]):
         try:
             start = time.perf_counter()
             first = self._decoder.prefill(self._prompt)
+            if self._model.packed.weights.is_cuda:
+                self._decoder.capture()
             statistics.prefill_seconds = time.perf_counter() - start
             yield [first]
             steps = self._decoder.run()

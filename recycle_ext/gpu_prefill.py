@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recycle_ext.packing import FORMATS
 from recycle_ext.reference import rope_tables, rotate
@@ -235,14 +236,18 @@ def run_layers(
         q = rotate(rms_norm(heads[0], layer.q_norm, stack.eps), cos, sin)
         held[0, :, first:end] = rotate(rms_norm(heads[1], layer.k_norm, stack.eps), cos, sin)
         held[1, :, first:end] = heads[2]
-        attended = F.scaled_dot_product_attention(
-            q[None].to(held.dtype),
-            held[None, 0, :, :end],
-            held[None, 1, :, :end],
-            mask,
-            is_causal=mask is None,
-            enable_gqa=True,
-        )
+        # Not cuDNN's, which makes a plan for each new length.
+        with sdpa_kernel(
+            [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        ):
+            attended = F.scaled_dot_product_attention(
+                q[None].to(held.dtype),
+                held[None, 0, :, :end],
+                held[None, 1, :, :end],
+                mask,
+                is_causal=mask is None,
+                enable_gqa=True,
+            )
         x = x + layer.o.product(attended[0].transpose(0, 1).reshape(len(x), -1).float())
         normed = rms_norm(x, layer.post_norm, stack.eps)
         x = x + layer.down.product(F.silu(layer.gate.product(normed)) * layer.up.product(normed))
@@ -338,6 +343,7 @@ def prefill(
     )
     if int(counts[sequence]) < 0:
         pending[sequence] = -1
+        lengths[sequence] = 0
         raise RuntimeError(
             f"prefill: a logit is NaN or infinite (sequence {sequence}, position {len(prompt) - 1})"
         )

@@ -16,16 +16,22 @@ class GraphedStep:
     def __init__(self, arguments: tuple) -> None:
         self._arguments = arguments  # the graph has their addresses
         weights, plan, base_cache, module_cache, pending, *rest = arguments
-        # Loads the kernels, which a capture must not: with all sequences idle it changes nothing.
-        idle = torch.full_like(pending, -1)
-        torch.ops.recycle.decode_step(weights, plan, base_cache, module_cache, idle, *rest)
+        self._device = weights.device
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._results = torch.ops.recycle.decode_step(*arguments)
+        with torch.cuda.device(self._device):
+            # Loads the kernels, which a capture must not: with all sequences idle it changes nothing.
+            idle = torch.full_like(pending, -1)
+            torch.ops.recycle.decode_step(weights, plan, base_cache, module_cache, idle, *rest)
+            stream = torch.cuda.Stream(self._device)
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self._results = torch.ops.recycle.decode_step(*arguments)
         # Results of steps that were started and not read yet, oldest first; buffers take turns.
         self._under_way: list[tuple[tuple[Tensor, ...], torch.cuda.Event]] = []
         self._free = [
-            tuple(torch.empty(r.shape, dtype=r.dtype, pin_memory=True) for r in self._results)
+            tuple(
+                torch.empty(r.shape, dtype=r.dtype, device="cpu", pin_memory=True)
+                for r in self._results
+            )
             for _ in range(2)
         ]
 
@@ -40,12 +46,13 @@ class GraphedStep:
 
     def start(self) -> None:
         """Starts a step, and returns."""
-        self.replay()
         buffers = self._free.pop()
-        for buffer, result in zip(buffers, self._results, strict=True):
-            buffer.copy_(result, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
+        with torch.cuda.device(self._device):
+            self.replay()
+            for buffer, result in zip(buffers, self._results, strict=True):
+                buffer.copy_(result, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
         self._under_way.append((buffers, done))
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -55,3 +62,17 @@ class GraphedStep:
         tokens, counts = (buffer.clone() for buffer in buffers)
         self._free.append(buffers)
         return tokens, counts
+
+    def forget(self, sequence: int) -> None:
+        """Steps that were started give this sequence nothing; those that then give none are dropped."""
+        kept = []
+        for buffers, done in self._under_way:
+            done.synchronize()
+            tokens, counts = buffers
+            tokens[sequence] = -1
+            counts[sequence] = 0
+            if counts.any():
+                kept.append((buffers, done))
+            else:
+                self._free.append(buffers)
+        self._under_way = kept

@@ -21,11 +21,22 @@ namespace {
 using cuda::Device;
 using cuda::OnGpu;
 
-// The stream torch works in. Found at run time: a CPU build of torch, which this may be linked against, lacks it.
+using StreamOf = int32_t (*)(int32_t, void**);
+
+// Found at run time: a CPU build of torch, which this may be linked against, lacks it. In a CUDA build it is in a
+// library that Python loads for itself alone, so it must be asked for by the library's name.
+StreamOf stream_function() {
+  constexpr const char* name = "aoti_torch_get_current_cuda_stream";
+  void* at = dlsym(RTLD_DEFAULT, name);
+  if (at == nullptr)
+    if (void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD))
+      at = dlsym(torch_cuda, name);
+  return reinterpret_cast<StreamOf>(at);
+}
+
+// The stream torch works in.
 void* current_stream(const char* op, int gpu) {
-  using Function = int32_t (*)(int32_t, void**);
-  static const auto function =
-      reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  static const StreamOf function = stream_function();
   void* stream = nullptr;
   if (function == nullptr || function(gpu, &stream) != 0)
     fail(op, "this torch can't say which CUDA stream it works in");
@@ -164,6 +175,10 @@ std::tuple<Tensor, Tensor> finish_prefill(const Tensor& weights, const Tensor& p
               draft_probs, scratch, mode, temperature, top_k, top_p, seeds, sequence);
 }
 
+bool knows_streams() {
+  return stream_function() != nullptr;
+}
+
 int64_t gpu_scratch_bytes(const Tensor& plan, int64_t weights_bytes, int64_t batch, int64_t drafts,
                           bool greedy, int64_t gpu) {
   constexpr const char* op = "gpu_scratch_bytes";
@@ -194,6 +209,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recycle, m) {
   m.def(
       "gpu_scratch_bytes(Tensor plan, int weights_bytes, int batch, int drafts, bool greedy, "
       "int gpu) -> int");
+  // Whether this torch can say which CUDA stream it works in; without, no op runs on a GPU.
+  m.def("knows_streams() -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(recycle, CompositeExplicitAutograd, m) {
+  m.impl("knows_streams", TORCH_BOX(&recycle::bindings::knows_streams));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recycle, CPU, m) {

@@ -13,8 +13,9 @@ from recycle_ext.reference import BaseModel, rope_tables, rotate
 class StaticDecoder(nn.Module):
     """Greedy decoding of one sequence, as a person would write it for torch.compile: no shape ever changes.
 
-    The weights are a BaseModel's in bfloat16, random. The cache [layers, 2, 1, n_kv_heads, capacity, head_dim] is
-    attended to whole, behind a mask; a step writes its token's keys and values at its position.
+    The weights are a BaseModel's in bfloat16, random. Keys and values [1, n_kv_heads, capacity, head_dim] of each
+    layer are attended to whole, behind a mask; a step writes its token's at its position. capacity: a multiple of 8,
+    for the mask's alignment.
     """
 
     def __init__(self, config: ModelConfig, capacity: int, device: torch.device) -> None:
@@ -22,8 +23,11 @@ class StaticDecoder(nn.Module):
         self.config = config
         with torch.device(device):
             self.base = BaseModel(config).bfloat16()
-            shape = (config.n_layers, 2, 1, config.n_kv_heads, capacity, config.head_dim)
-            self.register_buffer("cache", torch.zeros(shape, dtype=torch.bfloat16))
+            # A buffer for each layer: torch.compile copies what it sees parts of being written to.
+            shape = (1, config.n_kv_heads, capacity, config.head_dim)
+            for index in range(config.n_layers):
+                for name in ("keys", "values"):
+                    self.register_buffer(f"{name}{index}", torch.zeros(shape, dtype=torch.bfloat16))
             self.register_buffer("everywhere", torch.arange(capacity))
         self.base.inv_freq = config.inv_freq().to(device)
 
@@ -35,15 +39,16 @@ class StaticDecoder(nn.Module):
         mask = (self.everywhere <= position)[None, None, None]
         x = base.model.embed_tokens(token)[None]
         heads = (1, 1, -1, self.config.head_dim)
-        for layer, cache in zip(base.model.layers, self.cache, strict=True):
+        for index, layer in enumerate(base.model.layers):
+            keys, values = getattr(self, f"keys{index}"), getattr(self, f"values{index}")
             attention = layer.self_attn
             normed = layer.input_layernorm(x)
             q = rotate(attention.q_proj(normed).view(heads).transpose(1, 2), cos, sin)
             k = rotate(attention.k_proj(normed).view(heads).transpose(1, 2), cos, sin)
             v = attention.v_proj(normed).view(heads).transpose(1, 2)
-            cache[0].index_copy_(2, position, k)
-            cache[1].index_copy_(2, position, v)
-            out = F.scaled_dot_product_attention(q, cache[0], cache[1], mask, enable_gqa=True)
+            keys.index_copy_(2, position, k)
+            values.index_copy_(2, position, v)
+            out = F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
             x = x + attention.o_proj(out.transpose(1, 2).reshape(1, 1, -1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return base.logits(base.model.norm(x))[0].argmax(-1)

@@ -86,7 +86,7 @@ def _shapes() -> list[ShapeOf]:
         ShapeOf(
             paper.name,
             paper,
-            {"module +15%": _module(paper, 6, 3728, 16, 16), "6 full layers": _module(paper, 6, 5504, 32, 32)},
+            {"module +15%": _module(paper, 6, 3744, 16, 16), "6 full layers": _module(paper, 6, 5504, 32, 32)},
         ),
         ShapeOf(small.name, small, {"1 layer": _module(small, 1, 1536, 9, 3, 8192)}),
         ShapeOf(llama.name, llama, {"1 layer": _module(llama, 1, 8192, 32, 8)}),
