@@ -61,6 +61,8 @@ if(RECYCLE_CUDA_FOUND)
       set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 90-virtual)
     endif()
   endif()
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)
@@ -69,7 +71,6 @@ endif()
 
 # The library. No multiplication is fused with an addition unless the source says so: the bits of a row would then
 # depend on how the compiler wrote the kernel for one row or for eight.
-# (-std=c++20 by hand: CMake 3.25 doesn't know that nvcc has it.)
 function(recycle_add_cuda)
   if(NOT RECYCLE_CUDA_FOUND)
     return()
@@ -81,7 +82,7 @@ function(recycle_add_cuda)
   target_include_directories(recycle_cuda PRIVATE csrc/include csrc/cuda csrc/bindings)
   target_compile_options(recycle_cuda PRIVATE
     $<$<COMPILE_LANGUAGE:CXX>:-O3 -ffp-contract=off -Wall -Wextra>
-    $<$<COMPILE_LANGUAGE:CUDA>:-O3 -std=c++20 -fmad=false --expt-relaxed-constexpr>)
+    $<$<COMPILE_LANGUAGE:CUDA>:-O3 -fmad=false --expt-relaxed-constexpr>)
   target_link_libraries(recycle_cuda PRIVATE recycle_torch CUDA::cudart_static ${CMAKE_DL_LIBS})
   set_target_properties(recycle_cuda PROPERTIES SKIP_BUILD_RPATH ON)
   install(TARGETS recycle_cuda LIBRARY DESTINATION recycle_ext)
