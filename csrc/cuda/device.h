@@ -3,7 +3,7 @@
 //
 // Kernels follow each other in one stream. On Hopper and later the next one may start before the one before
 // it is done (programmatic dependent launch): it asks for its first weights, which nothing writes to, and
-// only then waits. Earlier GPUs start it when the one before is done, and the three functions below do nothing.
+// only then waits. Earlier GPUs start it when the one before is done; waiting and asking ahead do nothing there.
 #pragma once
 
 #include <cstddef>

@@ -29,12 +29,12 @@ inline constexpr int kWarps = kThreads / kWarp;
 inline constexpr int kLanesOut = 4;  // outputs a thread sums up
 inline constexpr int kLines = 8;     // lines a warp loads at once
 inline constexpr int kUnroll =
-    4;  // loads a thread has under way, twice: those it works on and the next
+    4;  // lines of a thread's turn; the next turn's are under way meanwhile
 inline constexpr int kMostBlocks = 4;  // a multiprocessor
 inline constexpr int kStaged = 16384;  // floats of x in shared memory at most, of all rows
-inline constexpr int64_t kMostPrefetch = 64 * 1024;
-inline constexpr int kMixed =
-    -1;  // matrices of several formats, or of a rare one: found out at run time
+inline constexpr int64_t kMostPrefetch = 64 * 1024;  // bytes
+// In the place of a format: several of them, or a rare one, told apart at run time.
+inline constexpr int kMixed = -1;
 
 // k of x that are staged together, for R rows: whole turns of all warps, in every format.
 template <int R>
@@ -47,8 +47,8 @@ struct Input {
   const float* x = nullptr;  // [., k]
   const int* row_of = nullptr;
   int rows = 0;
-  const float* norm = nullptr;  // [k] RMSNorm's weight; null: x as it is
-  bool has_norm = false;        // an RMSNorm without weights is one too
+  const float* norm = nullptr;  // [k] RMSNorm's weights; null: all 1
+  bool has_norm = false;        // false: x as it is
   float eps = 0;
 
   RECYCLE_DEVICE const float* row(int r, int64_t k) const {
@@ -63,8 +63,7 @@ RECYCLE_DEVICE float small_to_float(uint32_t value) {
 }
 
 // One thread's sums over its lines of a panel of each of M matrices, for R rows: acc[m][r][o], outputs
-// 4 * (lane % 4) + o.
-// format: that of all matrices, or kMixed.
+// 4 * (lane % 4) + o. format: that of all matrices, or kMixed.
 template <int R, int M, int format>
 class Sums {
  public:
@@ -298,7 +297,7 @@ constexpr int64_t product_shared_bytes(int matrices, int64_t k) {
 //   matrix(m, unit), panel(unit)     which panel of which matrix
 //   State                            what a thread keeps from unit to unit
 //   put(state, row, unit, lane, values[kMatrices])   called for each row and output
-//   finish(state, row, lane, shared) after a row's last unit
+//   finish(state, row, lane, in_use) after a row's last unit, by all threads; in_use: there is such a row
 template <int R, class Op, int format>
 __global__ void __launch_bounds__(kThreads, R <= 2 ? 2 : 1) products(Op op) {
   constexpr int M = Op::kMatrices;
