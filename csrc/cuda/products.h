@@ -82,11 +82,15 @@ class Sums {
   RECYCLE_DEVICE void add(const Format (&formats)[M], const std::byte* const (&panels)[M],
                           int64_t begin, int64_t end, const float* x, int64_t stride) {
     stride_ = stride;
-    if constexpr (format != kMixed) {
-      walk<static_cast<Format>(format), 0, M>(panels, begin, end, x);
-    } else {
+    if constexpr (format == kMixed) {
       add_one<0>(formats[0], panels, begin, end, x);
       if constexpr (M == 2) add_one<1>(formats[1], panels, begin, end, x);
+    } else if constexpr (R <= 4) {
+      walk<static_cast<Format>(format), 0, M>(panels, begin, end, x);
+    } else {
+      // 8 rows have no registers for two matrices side by side.
+      walk<static_cast<Format>(format), 0, 1>(panels, begin, end, x);
+      if constexpr (M == 2) walk<static_cast<Format>(format), 1, 1>(panels, begin, end, x);
     }
   }
 
