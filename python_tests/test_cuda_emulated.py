@@ -7,6 +7,7 @@ nvcc makes of it are for python -m recycle_ext.bench --device cuda.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,8 +16,10 @@ import pytest
 import torch
 from models import ARCHITECTURES, write_base, write_module
 
+from recycle_ext.bench.random_model import SHAPES, random_model
 from recycle_ext.decoder import MODES, Decoder
-from recycle_ext.packing import pack_model
+from recycle_ext.gpu_prefill import Plan
+from recycle_ext.packing import pack_matrix, pack_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
@@ -242,6 +245,25 @@ def test_products_of_odd_sizes(tmp_path, library, dtype, hidden, intermediate, d
     )
     packed = pack_model(base, write_module(tmp_path / "module", base), dtype)
     compare(library, decoder_of(packed, "alternate", drafts, torch.float32), 3)
+
+
+def test_the_lowest_token_wins_among_equal_logits(library):
+    """Equal ones with different threads of a block, the lower with the later thread: 5 and 64, or 21 and 80."""
+    config = dataclasses.replace(
+        SHAPES[1].base, n_layers=1, vocab_size=1040, tie_word_embeddings=False
+    )
+    packed = random_model(config, None, "bf16", torch.device("cpu"))
+    head = torch.zeros(1040, config.hidden_size)
+    head[[5, 64]] = torch.randn(config.hidden_size, generator=torch.Generator().manual_seed(1))
+    head[[21, 80]] = -head[5]
+    matrix = Plan(packed.weights, packed.plan).head
+    matrix.panels().copy_(pack_matrix(head, "bf16").view(-1, matrix.panel_bytes()))
+    decoder = decoder_of(packed)
+    emulated = Emulated(library, decoder)
+    for _ in range(4):
+        tokens, _ = emulated.step()
+        assert torch.equal(tokens, decoder.step()[0])
+        assert int(tokens) in (5, 21)
 
 
 def test_sequences_of_different_lengths_and_an_idle_one(tmp_path, library):
