@@ -64,8 +64,8 @@ def test_a_gpu_that_is_not_there_is_named(tmp_path):
 
 
 @needs_cuda_ops
-def test_a_tensor_on_the_cpu_is_named(tmp_path):
-    """finish_prefill has no kernel for the CPU: its own step is there."""
+def test_the_end_of_a_prefill_is_for_gpus_alone(tmp_path):
+    """On the CPU prefill does all of it, and torch says so of the op: it has no kernel there."""
     packed = pack_model(write_base(tmp_path), None, "f32")
     decoder = Decoder(packed, "standard", capacity=40)
     with pytest.raises(NotImplementedError, match="finish_prefill"):

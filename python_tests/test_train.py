@@ -9,6 +9,7 @@ import torch
 from models import write_base
 
 from recycle_ext import train as training
+from recycle_ext.config import ModuleConfig
 from recycle_ext.decoder import Decoder
 from recycle_ext.errors import RecycleError
 from recycle_ext.module_checkpoint import open_module
@@ -40,7 +41,7 @@ def text(base):
 
 def trainer(base, text, **options) -> Trainer:
     text, model = text
-    config = training.module_config(base, layers=1, draft_vocab=0)
+    config = ModuleConfig.like(base.config, 1, fingerprint=base.fingerprint)
     options = TrainOptions(**{"batch_sequences": 16, "warmup_steps": 5, **options})
     return Trainer(training.initial_module(config, model, 0), model, text, None, options)
 

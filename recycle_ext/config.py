@@ -113,6 +113,29 @@ class ModuleConfig:
     base_name: str
     base_fingerprint: str
 
+    @classmethod
+    def like(
+        cls, base: ModelConfig, n_layers: int, draft_vocab_size: int = 0, fingerprint: str = ""
+    ) -> ModuleConfig:
+        """A module of the base's own layers, with all norms."""
+        shared = {field.name for field in dataclasses.fields(cls)}
+        same = {name: value for name, value in vars(base).items() if name in shared}
+        return cls(
+            **same
+            | {
+                "n_layers": n_layers,
+                "embed_norm": True,
+                "hidden_norm": True,
+                "output_norm": True,
+                "first_input_norm": True,
+                "input_bias": False,
+                "zero_first_embedding": False,
+                "draft_vocab_size": draft_vocab_size,
+                "base_name": base.name,
+                "base_fingerprint": fingerprint,
+            }
+        )
+
     def inv_freq(self) -> torch.Tensor:
         """[head_dim / 2] float32."""
         return rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling)

@@ -282,34 +282,6 @@ class Trainer:
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def module_config(base: Checkpoint, layers: int, draft_vocab: int) -> ModuleConfig:
-    """A module of the base's own layers, with all norms."""
-    b = base.config
-    return ModuleConfig(
-        vocab_size=b.vocab_size,
-        hidden_size=b.hidden_size,
-        intermediate_size=b.intermediate_size,
-        n_layers=layers,
-        n_heads=b.n_heads,
-        n_kv_heads=b.n_kv_heads,
-        head_dim=b.head_dim,
-        rms_norm_eps=b.rms_norm_eps,
-        rope_theta=b.rope_theta,
-        rope_scaling=b.rope_scaling,
-        qkv_bias=b.qkv_bias,
-        qk_norm=b.qk_norm,
-        embed_norm=True,
-        hidden_norm=True,
-        output_norm=True,
-        first_input_norm=True,
-        input_bias=False,
-        zero_first_embedding=False,
-        draft_vocab_size=draft_vocab,
-        base_name=b.name,
-        base_fingerprint=base.fingerprint,
-    )
-
-
 def self_written(
     checkpoint: Checkpoint, base: BaseModel, folder: Path, n_tokens: int, length: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -456,7 +428,9 @@ def train(options: argparse.Namespace) -> float:
     if options.draft_vocab:
         used = text.tokens[: text.n_train]
         draft_vocab, coverage = frequent_tokens(used, options.draft_vocab, vocab_size)
-    config = module_config(checkpoint, options.layers, options.draft_vocab)
+    config = ModuleConfig.like(
+        checkpoint.config, options.layers, options.draft_vocab, checkpoint.fingerprint
+    )
     trainer = Trainer(
         initial_module(config, base, options.seed),
         base,

@@ -11,7 +11,7 @@
 // every block, which costs less than a kernel of its own.
 // Bounded by the bytes of the cache once the context is long; before that by the latency of a few steps. A tile of
 // keys and values is read once for all queries. Tried: nothing yet on a GPU.
-#include "layer.h"
+#include "kernels.h"
 
 namespace recycle::cuda {
 

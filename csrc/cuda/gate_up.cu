@@ -1,6 +1,6 @@
 // RMSNorm, gate, up and SwiGLU: x [rows, hidden] -> silu(gate x) * (up x) [rows, intermediate]. A block takes the
 // same panel of both matrices. Bounded by reading them; the largest part of a layer.
-#include "layer.h"
+#include "kernels.h"
 
 namespace recycle::cuda {
 

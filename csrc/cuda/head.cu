@@ -4,7 +4,7 @@
 // logits never reach memory, unless sampling asks for them; blocks are compared by who reads the bests (choose.cu).
 // The lowest token wins among equals, whichever block had which panel. A logit that isn't finite makes its row's
 // best NaN.
-#include "layer.h"
+#include "kernels.h"
 
 namespace recycle::cuda {
 

@@ -47,8 +47,7 @@ struct Input {
   const float* x = nullptr;  // [., k]
   const int* row_of = nullptr;
   int rows = 0;
-  const float* norm = nullptr;  // [k] RMSNorm's weights; null: all 1
-  bool has_norm = false;        // false: x as it is
+  const float* norm = nullptr;  // [k] RMSNorm's weights; null: x as it is
   float eps = 0;
 
   RECYCLE_DEVICE const float* row(int r, int64_t k) const {
@@ -331,7 +330,7 @@ __global__ void __launch_bounds__(kThreads, R <= 2 ? 2 : 1) products(Op op) {
   for (int first = 0; first < op.input.rows; first += R) {
     const float* x[R];
     for (int r = 0; r < R; ++r) x[r] = op.input.row(first + r, k);
-    if (op.input.has_norm) {
+    if (op.input.norm != nullptr) {
       for (int r = 0; r < R; ++r) {
         float sum = 0;
 #pragma unroll 4
@@ -350,7 +349,7 @@ __global__ void __launch_bounds__(kThreads, R <= 2 ? 2 : 1) products(Op op) {
     const auto stage = [&](int64_t begin, int64_t end) {
       __syncthreads();
       for (int r = 0; r < R; ++r) {
-        const float scale = op.input.has_norm ? scales[r] : 1;
+        const float scale = op.input.norm != nullptr ? scales[r] : 1;
 #pragma unroll 4
         for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
           float value = x[r][i] * scale;

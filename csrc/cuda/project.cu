@@ -3,7 +3,7 @@
 //   x [rows, k] -> to [rows, n]
 //
 // Bounded by reading the matrix. An output belongs to one block, so it is added to without atomics.
-#include "layer.h"
+#include "kernels.h"
 
 namespace recycle::cuda {
 

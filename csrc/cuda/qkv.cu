@@ -1,7 +1,7 @@
 // RMSNorm and the products of q, k and v, in one kernel: x [rows, hidden] -> q [rows, heads * head_dim], k and v.
 // RoPE and the append are attention's (attention.cu): a rotation needs outputs of two panels, and every split of
 // the cache can do it again for less than a kernel of its own costs. Bounded by reading the three matrices.
-#include "layer.h"
+#include "kernels.h"
 
 namespace recycle::cuda {
 

@@ -2,7 +2,7 @@
 // scheduling, so that a seed draws the same token every time.
 #pragma once
 
-#include "layer.h"
+#include "kernels.h"
 #include "recycle/head.h"
 #include "recycle/random.h"
 

@@ -2,7 +2,7 @@
 // module sees. The step has one shape whatever was accepted: rows that are not in use have position -1.
 #pragma once
 
-#include "layer.h"
+#include "kernels.h"
 
 namespace recycle::cuda {
 

@@ -160,8 +160,7 @@ bool recycle_head(const HeadParams& params, const Device& device, void* stream) 
   work.take(arena, params, launcher);
   const int rows = static_cast<int>(params.n_rows);
   const int64_t n = params.head.n;
-  scan_head(launcher, params.head,
-            {params.x, nullptr, rows, params.norm, params.norm != nullptr, params.eps}, work.logits,
+  scan_head(launcher, params.head, {params.x, nullptr, rows, params.norm, params.eps}, work.logits,
             work.bests);
   if (!params.sampling.greedy()) {
     launcher.run(copy_kernel, dim3(static_cast<unsigned>((rows * n + kThreads - 1) / kThreads)),

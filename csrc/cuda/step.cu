@@ -97,7 +97,7 @@ class Step {
     const bool asks_every_row = state_.mode == Mode::verify && first_of < 0;
     run_head(model_.base.head,
              {work_.sequences.x, work_.sequences.head_rows, asks_every_row ? rows.n() : batch,
-              model_.base.final_norm, model_.base.final_norm != nullptr, model_.base.stack.eps},
+              model_.base.final_norm, model_.base.stack.eps},
              work_.base_bests, work_.sequences.base_probs, work_.sequences.base_finite);
     choose(launcher_, call, work_.base_bests);
 
@@ -109,7 +109,7 @@ class Step {
       layers(drafter.stack, state_.module_cache, seen, work_.sequences.module_x);
       run_head(drafter.head,
                {work_.sequences.module_x, work_.sequences.draft_rows, batch, drafter.output_norm,
-                drafter.output_norm != nullptr, drafter.stack.eps},
+                drafter.stack.eps},
                work_.module_bests, work_.sequences.module_probs, work_.sequences.module_finite);
       take_draft(launcher_, call, work_.module_bests, draft);
     }
@@ -128,7 +128,7 @@ class Step {
     for (int64_t index = 0; index < stack.n_layers; ++index) {
       const Layer layer = stack.layer(index);
       const auto normed = [&](const float* norm) {
-        return Input{x, nullptr, rows.n(), norm, norm != nullptr, stack.eps};
+        return Input{x, nullptr, rows.n(), norm, stack.eps};
       };
       project_qkv(launcher_, stack, layer, normed(layer.input_norm), work_.attention);
       AttentionCall call;

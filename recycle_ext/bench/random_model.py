@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,30 +50,14 @@ def _base(name: str, vocab: int, hidden: int, inner: int, layers: int, heads: in
     )
 
 
-def _module(base: ModelConfig, layers: int, inner: int, heads: int, kv_heads: int,
-            draft_vocab: int = 0) -> ModuleConfig:  # fmt: skip
-    return ModuleConfig(
-        vocab_size=base.vocab_size,
-        hidden_size=base.hidden_size,
+def _module(
+    base: ModelConfig, layers: int, inner: int, heads: int, kv_heads: int, draft_vocab: int = 0
+) -> ModuleConfig:
+    return dataclasses.replace(
+        ModuleConfig.like(base, layers, draft_vocab),
         intermediate_size=inner,
-        n_layers=layers,
         n_heads=heads,
         n_kv_heads=kv_heads,
-        head_dim=base.head_dim,
-        rms_norm_eps=base.rms_norm_eps,
-        rope_theta=base.rope_theta,
-        rope_scaling=None,
-        qkv_bias=False,
-        qk_norm=False,
-        embed_norm=True,
-        hidden_norm=True,
-        output_norm=True,
-        first_input_norm=True,
-        input_bias=False,
-        zero_first_embedding=False,
-        draft_vocab_size=draft_vocab,
-        base_name=base.name,
-        base_fingerprint="",
     )
 
 
