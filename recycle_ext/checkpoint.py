@@ -89,7 +89,7 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
     if model is None:
         path, name = default_model_path(), None
     else:
-        path, name = _local_path(str(model))
+        path, name = local_path(str(model))
     if path.is_dir():
         config = hf_directory.read_config(path, name or path.resolve().name)
         tensors = hf_directory.read_tensors(path, config)
@@ -108,7 +108,7 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
     return Checkpoint(config=config, path=str(path), tensors=tensors)
 
 
-def _local_path(model: str) -> tuple[Path, str | None]:
+def local_path(model: str) -> tuple[Path, str | None]:
     """Where the model is on this machine, and its name if that says more than the path."""
     path = Path(model)
     if path.exists():

@@ -16,13 +16,14 @@ _ARCHITECTURES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "MiMoForCausalLM": "qwen2",  # MiMo-7B; its prediction layer is for recycle_ext.convert
 }
 # What the transformers classes assume where config.json is silent.
 _MISTRAL_SLIDING_WINDOW = 4096
 _QWEN3_HEAD_DIM = 128
 
 
-class _Fields:
+class Fields:
     """config.json with types checked."""
 
     def __init__(self, file: Path) -> None:
@@ -43,6 +44,7 @@ class _Fields:
         return value
 
     def refuse(self, key: str, value: Any, needed: str) -> None:
+        """Raises the RecycleError that says what a key is and what it would have to be."""
         raise RecycleError(
             f'{self.file}: "{key}" is {value!r}, which is not supported; {needed} is'
         )
@@ -50,7 +52,7 @@ class _Fields:
 
 def read_config(path: Path, name: str) -> ModelConfig:
     """Sizes of the model in directory ``path``, or a RecycleError naming what is not supported."""
-    fields = _Fields(path / "config.json")
+    fields = Fields(path / "config.json")
     get, refuse = fields.get, fields.refuse
     given = get("architectures", list, [])
     if given not in [[name] for name in _ARCHITECTURES]:
@@ -62,13 +64,14 @@ def read_config(path: Path, name: str) -> ModelConfig:
     if (activation := get("hidden_act", str, "silu")) != "silu":
         refuse("hidden_act", activation, '"silu"')
     for key in ("attention_bias", "mlp_bias"):
-        if get(key, bool, False):
+        # Qwen2's bias on q, k and v is there whatever "attention_bias" says, and MiMo says it.
+        if get(key, bool, False) and (architecture, key) != ("qwen2", "attention_bias"):
             refuse(key, True, "a bias on q, k and v of Qwen2, and nowhere else,")
     hidden_size, n_heads = get("hidden_size", int), get("num_attention_heads", int)
     if hidden_size < 1 or n_heads < 1:
         raise RecycleError(f"{fields.file}: hidden_size {hidden_size} with {n_heads} heads")
     default_head_dim = _QWEN3_HEAD_DIM if architecture == "qwen3" else hidden_size // n_heads
-    theta, scaling = _rope(fields)
+    theta, scaling = read_rope(fields)
     bos = get("bos_token_id", int, -1)
     return ModelConfig(
         architecture=architecture,
@@ -92,41 +95,55 @@ def read_config(path: Path, name: str) -> ModelConfig:
     )
 
 
-def read_tensors(path: Path, config: ModelConfig) -> dict[str, TensorSource]:
-    """Every weight in directory ``path``."""
+def weight_files(path: Path) -> dict[Path, list[str]]:
+    """The safetensors files of a model's directory, each with the tensors that an index promises in it."""
     index_file = path / "model.safetensors.index.json"
     if index_file.is_file():
         placed = read_json(index_file).get("weight_map")
         if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
             raise RecycleError(f'{index_file}: "weight_map" must name the file of each tensor')
-        tensors: dict[str, TensorSource] = {}
-        for file_name in sorted(set(placed.values())):
+        files: dict[Path, list[str]] = {}
+        for name, file_name in sorted(placed.items(), key=lambda item: (item[1], item[0])):
             # Only the name counts: a file outside this directory is none of the model's.
-            tensors |= safetensors_file.read_tensors(path / Path(file_name).name)
-        if missing := sorted(placed.keys() - tensors.keys()):
-            file = path / placed[missing[0]]
-            raise RecycleError(
-                f"{file}: tensor {missing[0]} is missing, which {index_file} promises"
-            )
-    elif (file := path / "model.safetensors").is_file():
-        tensors = safetensors_file.read_tensors(file)
-    elif any(path.glob("*.bin")):
+            files.setdefault(path / Path(file_name).name, []).append(name)
+        return files
+    if (file := path / "model.safetensors").is_file():
+        return {file: []}
+    if any(path.glob("*.bin")):
         raise RecycleError(
             f"{path}: the weights are in .bin files, which can run code when they are opened and are "
             "not read; convert them to model.safetensors"
         )
-    else:
-        raise RecycleError(f"{path}: there is no model.safetensors and no index of its parts")
+    raise RecycleError(f"{path}: there is no model.safetensors and no index of its parts")
+
+
+def read_tensors(path: Path, config: ModelConfig) -> dict[str, TensorSource]:
+    """Every weight of the base model in directory ``path``."""
+    tensors: dict[str, TensorSource] = {}
+    for file, promised in weight_files(path).items():
+        tensors |= safetensors_file.read_tensors(file)
+        if missing := [name for name in promised if name not in tensors]:
+            index_file = path / "model.safetensors.index.json"
+            raise RecycleError(
+                f"{file}: tensor {missing[0]} is missing, which {index_file} promises"
+            )
+    # Prediction layers, which recycle_ext.convert makes a module of: MiMo's and Qwen's by their names,
+    # DeepSeek's as one layer more than the model has.
+    not_the_base = ["model.mtp_layers.", "mtp."]
+    next_layer = f"model.layers.{config.n_layers}."
+    if f"{next_layer}eh_proj.weight" in tensors:
+        not_the_base.append(next_layer)
     return {
         name: source
         for name, source in tensors.items()
         # Tables that old versions of transformers saved, and a second copy of a tied head.
         if not name.endswith(".rotary_emb.inv_freq")
         and not (name == "lm_head.weight" and config.tie_word_embeddings)
+        and not name.startswith(tuple(not_the_base))
     }
 
 
-def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
+def read_rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     """Base of RoPE and scaling: "rope_parameters" since transformers 5, two keys before."""
     new = fields.values.get("rope_parameters") is not None
     key = "rope_parameters" if new else "rope_scaling"
@@ -154,7 +171,7 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     )
 
 
-def _context(fields: _Fields, architecture: str) -> int:
+def _context(fields: Fields, architecture: str) -> int:
     """Longest context in which every layer sees every position."""
     context = fields.get("max_position_embeddings", int)
     window = fields.values.get("sliding_window")
@@ -167,7 +184,7 @@ def _context(fields: _Fields, architecture: str) -> int:
     return min(context, fields.get("sliding_window", int, window)) if used else context
 
 
-def _eos_token_ids(path: Path, fields: _Fields) -> tuple[int, ...]:
+def _eos_token_ids(path: Path, fields: Fields) -> tuple[int, ...]:
     """From config.json and generation_config.json, where chat models name the end of a turn."""
     ids: list[int] = []
     sources = [(fields.file, fields.values)]

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -83,11 +84,10 @@ def open_module(path: str | Path, base: Checkpoint) -> ModuleCheckpoint:
 def save_module(
     path: str | Path, config: ModuleConfig, state_dict: dict[str, torch.Tensor]
 ) -> None:
-    """Writes a module as bf16. A reader sees each of the two files whole, or not at all.
+    """Writes a module as bf16.
 
     state_dict: names and shapes of DESIGN section 5; ``draft_vocab`` is int64 and stays so.
     """
-    path = Path(path)
     shapes = module_shapes(config)
     given = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     if wrong := sorted(set(given.items()) ^ set(shapes.items())):
@@ -100,11 +100,27 @@ def save_module(
         name: tensor.to(torch.int64 if name == "draft_vocab" else torch.bfloat16).contiguous()
         for name, tensor in state_dict.items()
     }
-    text = json.dumps(config.to_json(), indent=2) + "\n"
+    write_directory(path, config.to_json(), _WEIGHTS, tensors, "the module")
+
+
+def write_directory(
+    path: str | Path,
+    config: dict[str, Any],
+    weights_name: str,
+    tensors: dict[str, torch.Tensor],
+    what: str,
+) -> None:
+    """Writes config.json and one safetensors file; a reader sees each of them whole, or not at all.
+
+    what: how an error calls it.
+    """
+    path = Path(path)
+    text = json.dumps(config, indent=2) + "\n"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        weights, config_file = path / f".{_WEIGHTS}.new", path / ".config.json.new"
-        save_file(tensors, weights)
+        weights, config_file = path / f".{weights_name}.new", path / ".config.json.new"
+        # The field that transformers asks of every file.
+        save_file(tensors, weights, metadata={"format": "pt"})
         config_file.write_text(text, "utf-8")
         os.chmod(
             weights, config_file.stat().st_mode
@@ -112,10 +128,10 @@ def save_module(
         for file in (weights, config_file):
             with open(file, "rb+") as stream:
                 os.fsync(stream.fileno())
-        os.replace(weights, path / _WEIGHTS)
+        os.replace(weights, path / weights_name)
         os.replace(config_file, path / "config.json")
     except OSError as error:
-        raise RecycleError(f"{path}: the module cannot be saved: {error.strerror}") from None
+        raise RecycleError(f"{path}: {what} cannot be saved: {error.strerror}") from None
 
 
 def default_module(base: Checkpoint) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -13,8 +14,26 @@ from recycle_ext.tensor_source import TensorSource
 _FORMATS = {"F32": ("f32", 4), "F16": ("f16", 2), "BF16": ("bf16", 2), "I64": ("i64", 8)}
 
 
-def read_tensors(file: Path) -> dict[str, TensorSource]:
-    """Every tensor by name. RecycleError for a file that is damaged, cut off or something else."""
+def read_names(file: Path) -> list[str]:
+    """Names of all tensors, of whatever kind. Raises as ``read_tensors`` does."""
+    return list(_header(file)[1])
+
+
+def read_tensors(file: Path, only: Container[str] | None = None) -> dict[str, TensorSource]:
+    """Every tensor by name. RecycleError for a file that is damaged, cut off or something else.
+
+    only: read these and leave the others, which may then be of a kind that is not supported.
+    """
+    start, header = _header(file)
+    return {
+        name: _source(file, start, name, entry)
+        for name, entry in header.items()
+        if only is None or name in only
+    }
+
+
+def _header(file: Path) -> tuple[int, dict]:
+    """Where the first tensor starts, and the entry of each."""
     try:
         # The library checks the header, and that the tensors fill the file exactly.
         with safe_open(file, framework="pt"):
@@ -27,7 +46,7 @@ def read_tensors(file: Path) -> dict[str, TensorSource]:
     except OSError as error:
         raise RecycleError(f"{file}: cannot be read: {error.strerror or error}") from None
     header.pop("__metadata__", None)
-    return {name: _source(file, 8 + size, name, entry) for name, entry in header.items()}
+    return 8 + size, header
 
 
 def _source(file: Path, start: int, name: str, entry: dict) -> TensorSource:

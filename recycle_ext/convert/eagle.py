@@ -1,0 +1,157 @@
+"""EAGLE-1 heads for Llama bases (Li et al. 2024, arXiv 2401.15077), both ways.
+
+    u_i = fc [e(x_{i+1}) ; h_i] (+ bias),  g = layers(u),  guess = lm_head(g_i)
+
+h is the base's state after its final norm, and a further guess takes g in the place of h, as a module's
+does. There is no norm on e, on h, before the first layer's attention or before lm_head. (EAGLE's
+cnets1.py and ea_model.py; vLLM's and SGLang's llama_eagle.py.) The first three say the same of h and g,
+so that with no norms the map is the identity, whatever the number of guesses.
+
+An exported directory has what vLLM 0.32 (``speculative_config`` method "eagle") and SGLang
+(``--speculative-algorithm EAGLE``) read: config.json and model.safetensors. Both take the embedding and
+lm_head from the base. The one looks for the architecture LlamaForCausalLM, the other for
+LlamaForCausalLMEagle, and each goes down the list. SGLang's fc always has a bias, which stays random if the
+file has none, so one of zeros is written; vLLM's never has one and passes over it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from recycle_ext.checkpoint import Checkpoint
+from recycle_ext.config import ModuleConfig
+from recycle_ext.convert.head import Head, layer_flags, refuse_other_layers
+from recycle_ext.convert.source import Source
+from recycle_ext.errors import RecycleError
+from recycle_ext.module_checkpoint import ModuleCheckpoint
+from recycle_ext.shapes import module_shapes
+
+_EAGLE3 = ("midlayer.", "d2t", "t2d")
+_HOW = "`python -m recycle_ext.train --shape eagle` trains one that EAGLE-1 can hold"
+
+
+def found_in(source: Source) -> bool:
+    """Whether the names are EAGLE's (of either generation, to say why EAGLE-3 is refused)."""
+    return any(name.removeprefix("model.") == "fc.weight" for name in source.names)
+
+
+def to_module(source: Source, base: Checkpoint, before_norm: bool) -> Head:
+    """As ``recycle_ext.convert.to_module``."""
+    # Some conversions keep the prefix of the class that held the head.
+    prefix = "model." if "model.fc.weight" in source.names else ""
+    names = {name.removeprefix(prefix): name for name in source.names}
+    if eagle3 := [names[name] for name in names if name.startswith(_EAGLE3)]:
+        raise RecycleError(
+            f"{source.path}: an EAGLE-3 head (tensor {eagle3[0]}): it takes the states of three of the "
+            "base's layers, and a module that of the last"
+        )
+    if before_norm:
+        raise RecycleError(
+            f"{source.path}: --hidden-state before-norm is for heads that norm the state themselves, as "
+            "MTP layers do; an EAGLE-1 head takes it as it is, and its size cannot be had from the state "
+            "after the base's final norm"
+        )
+    refuse_other_layers(source, list(names))
+    source.require_same(names.get("embed_tokens.weight", ""), base, "model.embed_tokens.weight")
+    source.require_same(names.get("lm_head.weight", ""), base, "lm_head.weight")
+    ours = {
+        name.replace("fc.", "input_proj.", 1) if name.startswith("fc.") else name: theirs
+        for name, theirs in names.items()
+        if name not in ("embed_tokens.weight", "lm_head.weight")
+        and not name.endswith("rotary_emb.inv_freq")
+    }
+    n_layers = source.fields.get("num_hidden_layers", int)
+    if not 1 <= n_layers <= len(ours):
+        raise RecycleError(
+            f"{source.fields.file}: num_hidden_layers is {n_layers}, for {len(ours)} tensors"
+        )
+    config = ModuleConfig(
+        **source.sizes(base),
+        **layer_flags(ours),
+        n_layers=n_layers,
+        embed_norm=False,
+        hidden_norm=False,
+        output_norm=False,
+        first_input_norm=False,
+        input_bias="input_proj.bias" in ours,
+        zero_first_embedding=False,
+    )
+    return Head(config, source.read(ours, module_shapes(config)), "EAGLE-1")
+
+
+def from_module(
+    module: ModuleCheckpoint, base: Checkpoint
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[str]]:
+    """config.json, tensors (bf16) and notes of the EAGLE-1 head that computes what ``module`` does."""
+    config = module.config
+    for flag, where in (
+        ("embed_norm", "on the embedding"),
+        ("hidden_norm", "on the hidden state"),
+        ("output_norm", "before the output head"),
+        ("first_input_norm", "before the first layer's attention"),
+    ):
+        if getattr(config, flag):
+            raise RecycleError(
+                f"{module.path}: this module has a norm {where} ({flag}), EAGLE-1 has none there, and a "
+                f"norm cannot be folded into a matrix; {_HOW}"
+            )
+    if config.zero_first_embedding:
+        raise RecycleError(
+            f"{module.path}: this module's row 0 sees a zero embedding (zero_first_embedding), "
+            f"EAGLE-1's does not; {_HOW}"
+        )
+    for flag, what in (
+        ("qk_norm", "norms its queries and keys"),
+        ("qkv_bias", "has a bias on q, k and v"),
+    ):
+        if getattr(config, flag):
+            raise RecycleError(
+                f"{module.path}: this module's attention {what} ({flag}), which the EAGLE-1 head for Llama "
+                "in vLLM does not; a module for a Llama base can be converted"
+            )
+    tensors = {
+        name.replace("input_proj.", "fc.", 1): source.to(torch.bfloat16)
+        for name, source in module.tensors.items()
+        if name != "draft_vocab"
+    }
+    notes = []
+    bias = tensors.setdefault("fc.bias", torch.zeros(config.hidden_size, dtype=torch.bfloat16))
+    if largest := bias.abs().max().item():
+        notes.append(
+            f"this module's input_proj has a bias (up to {largest:.3g}); SGLang reads it, vLLM 0.32 does "
+            "not and guesses a little worse for it"
+        )
+    if config.draft_vocab_size:
+        notes.append(
+            f"this module guesses among {config.draft_vocab_size} tokens; EAGLE-1 has no such list, so that "
+            f"the head guesses among all {config.vocab_size}: never worse, and it reads all of lm_head"
+        )
+    return _eagle_config(config, base), tensors, notes
+
+
+def _eagle_config(config: ModuleConfig, base: Checkpoint) -> dict[str, Any]:
+    """What config.json of an EAGLE-1 head holds: a small Llama's."""
+    scaling = config.rope_scaling
+    fields = {
+        "architectures": ["LlamaForCausalLMEagle", "LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if scaling is None else {"rope_type": "llama3", **vars(scaling)},
+        "max_position_embeddings": base.config.max_position_embeddings,
+        "tie_word_embeddings": base.config.tie_word_embeddings,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": base.config.bos_token_id,
+        "eos_token_id": base.config.eos_token_ids[0] if base.config.eos_token_ids else None,
+    }
+    return fields
