@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
 
 from recycle_ext.checkpoint import Checkpoint, open_checkpoint
 from recycle_ext.config import ModuleConfig
@@ -180,3 +183,17 @@ def reference_module(
     model = RecyclableModule(module.config)
     model.load_state_dict(module.state_dict())
     return model.to(dtype).eval()
+
+
+def write_byte_tokenizer(folder: Path) -> int:
+    """A tokenizer of single bytes for the base in ``folder``; returns the size of its vocabulary."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {letter: index for index, letter in enumerate(["<s>", "</s>", *sorted(alphabet)])}
+    backend = Backend(tokenizer_models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return len(vocabulary)

@@ -12,9 +12,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from models import write_base, write_module
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from models import write_base, write_byte_tokenizer, write_module
 
 from recycle_ext.bench import worker
 from recycle_ext.bench.__main__ import main
@@ -59,15 +57,7 @@ RESULT_KEYS = {
 def model(tmp_path_factory) -> Path:
     """A tiny base with a tokenizer of single bytes; its module is in ``module`` beside it."""
     folder = tmp_path_factory.mktemp("bench") / "base"
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    vocabulary = {letter: index for index, letter in enumerate(["<s>", "</s>", *sorted(alphabet)])}
-    base = write_base(folder, vocab_size=len(vocabulary))
-    backend = Backend(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    base = write_base(folder, vocab_size=write_byte_tokenizer(folder))
     write_module(folder.parent / "module", base, like_base=True)
     return folder
 

@@ -154,7 +154,7 @@ def table(report: dict) -> str:
         ]
         for result in report["results"]
     ]
-    return _markdown(
+    return markdown(
         _COLUMNS,
         rows,
         left=3,
@@ -183,7 +183,7 @@ def phase_tables(report: dict) -> str:
             f"threads {result['threads']}, batch {result['batch']}:"
         )
         names = ["part", "phase", "times a step", "work us", "wait us", "of the step"]
-        tables.append(f"{title}\n\n{_markdown(names, rows, left=2)}")
+        tables.append(f"{title}\n\n{markdown(names, rows, left=2)}")
     return "\n\n".join(tables)
 
 
@@ -196,7 +196,7 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}"
 
 
-def _markdown(names: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+def markdown(names: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
     """A table, padded so that it can be read as it is. left: columns of words; the others are figures."""
     widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
 

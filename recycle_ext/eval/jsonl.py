@@ -1,0 +1,44 @@
+"""Files of one JSON object a line, which a user may have written by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from recycle_ext.errors import RecycleError
+
+
+def read_text(file: Path) -> str:
+    """The UTF-8 text of a file."""
+    try:
+        return file.read_text("utf-8")
+    except OSError as error:
+        raise RecycleError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RecycleError(f"{file}: not UTF-8: {error.reason}, byte {error.start}") from None
+
+
+def read_objects(file: Path, kinds: dict[str, type]) -> Iterator[tuple[str, dict]]:
+    """The objects of a file, each with where it stands ("file:line"); empty lines are left out.
+
+    kinds: the names that an object may have, and the type of each value. Raises RecycleError for anything else.
+    """
+    # Not splitlines(), which also ends a line at characters that JSON allows in a string.
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise RecycleError(f"{where}: not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise RecycleError(f"{where}: not a JSON object")
+        for name, value in values.items():
+            if name not in kinds:
+                raise RecycleError(f"{where}: {name!r} is not one of {', '.join(kinds)}")
+            if not isinstance(value, kinds[name]):
+                wanted = {str: "text", bool: "true or false"}[kinds[name]]
+                raise RecycleError(f"{where}: {name} is {value!r}; it must be {wanted}")
+        yield where, values
