@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import math
 import re
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from models import reference_base, reference_module, write_base, write_byte_toke
 
 from recycle_ext.checkpoint import open_checkpoint
 from recycle_ext.decoder import Decoder
-from recycle_ext.eval import bootstrap, cloze, prompts
+from recycle_ext.eval import bootstrap, cloze, measure, prompts
 from recycle_ext.eval.__main__ import main
 from recycle_ext.eval.decoding import Run, common_tokens, count_step, decode
 from recycle_ext.eval.likelihood import load_base, read
@@ -52,6 +52,13 @@ def model(tmp_path_factory) -> Path:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder.parent / name).write_text(text)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _torch_keeps_its_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def options_for(model: Path) -> list[str]:
@@ -371,15 +378,13 @@ def test_parts_can_be_left_out(model, capsys, tmp_path):
 
 
 def test_a_text_of_verify_that_differs_is_a_failure(model, capsys, monkeypatch):
-    command = importlib.import_module("recycle_ext.eval.__main__")
-
     def careless(decoder, *arguments):
         run = decode(decoder, *arguments)
         if decoder.mode == "verify" and run.token_ids:
             run.token_ids[-1] ^= 1
         return run
 
-    monkeypatch.setattr(command, "decode", careless)
+    monkeypatch.setattr(measure, "decode", careless)
     assert main([*options_for(model), "--no-cloze", "--no-quality"]) == 1
     out, error = capsys.readouterr()
     assert "identical: 0 of 4" in out
@@ -612,6 +617,6 @@ def test_a_text_without_items_is_one_line(capsys, tmp_path):
 
 
 def test_a_missing_matplotlib_is_one_line(model, monkeypatch, capsys):
-    monkeypatch.setitem(importlib.sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     error = mistake([*options_for(model), "--plot", "bars.png"], capsys)
     assert error == "error: --plot needs matplotlib: `pip install matplotlib`"

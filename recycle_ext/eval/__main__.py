@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -11,22 +10,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from recycle_ext import _C
 from recycle_ext.bench.__main__ import names, numbers
 from recycle_ext.bench.plot import check_plot
-from recycle_ext.bench.race import rounds
 from recycle_ext.bench.report import machine
 from recycle_ext.checkpoint import Checkpoint, open_checkpoint
-from recycle_ext.decoder import Decoder
 from recycle_ext.errors import RecycleError
 from recycle_ext.eval import bootstrap, cloze, likelihood
 from recycle_ext.eval import prompts as prompt_files
-from recycle_ext.eval.decoding import Setup, common_tokens, decode, setups
+from recycle_ext.eval.decoding import setups
+from recycle_ext.eval.measure import (
+    add_likelihoods,
+    encode_cloze,
+    encode_prompts,
+    run_cloze,
+    run_prompts,
+)
 from recycle_ext.eval.plot import plot
 from recycle_ext.eval.prompts import Prompt, categories, first_of_each, read_prompts
-from recycle_ext.eval.report import cloze_figures, heading, summaries, tables
+from recycle_ext.eval.report import heading, summaries, tables
 from recycle_ext.generate import INTERRUPTED
 from recycle_ext.generation import Model, load
 from recycle_ext.kv_cache import CACHE_DTYPES
@@ -149,134 +152,6 @@ def check(options: argparse.Namespace) -> None:
         check_plot(options.plot)
 
 
-def make_decoder(model: Model, setup: Setup, capacity: int, cache_dtype: str | None) -> Decoder:
-    """A greedy decoder of one sequence."""
-    try:
-        return Decoder(
-            model.packed,
-            mode=setup.mode,
-            drafts=max(1, setup.drafts),
-            capacity=capacity,
-            cache_dtype=CACHE_DTYPES.get(cache_dtype, model.cache_dtype),
-        )
-    except RuntimeError as error:  # torch's allocator
-        raise RecycleError(f"no memory for a cache of {capacity} tokens: {error}") from None
-
-
-def encode_prompts(model: Model, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
-    """Token ids of the prompts, which must leave room for the new tokens in the model's context."""
-    context = model.packed.config.max_position_embeddings
-    encoded = []
-    for prompt in prompts:
-        ids = prompt.encode(model.tokenizer)
-        if len(ids) + max_new_tokens > context:
-            raise RecycleError(
-                f"{prompt.where}: the prompt has {len(ids)} tokens, and {max_new_tokens} are to follow; "
-                f"this model's context is {context}"
-            )
-        encoded.append(ids)
-    return encoded
-
-
-def run_prompts(
-    model: Model,
-    prompts: Sequence[Prompt],
-    encoded: Sequence[list[int]],
-    modes: Sequence[Setup],
-    options: argparse.Namespace,
-) -> list[dict]:
-    """Every prompt in every mode; the modes take turns at each prompt, so that the machine's moods hit all alike."""
-    limit, ends = options.max_new_tokens, model.tokenizer.eos_token_ids
-    capacity = max(map(len, encoded)) + limit
-    decoders = {mode: make_decoder(model, mode, capacity, options.cache_dtype) for mode in modes}
-    for decoder in decoders.values():  # memory touched, threads there
-        decode(decoder, encoded[0], min(_WARM_UP_TOKENS, limit), ends)
-    rows = []
-    turns = list(zip(prompts, encoded, rounds(modes, len(prompts)), strict=True))
-    for prompt, ids, order in tqdm(turns, unit=" prompts", leave=False):
-        runs = {mode: decode(decoders[mode], ids, limit, ends) for mode in order}
-        standard = runs[modes[0]].token_ids
-        row = {
-            "category": prompt.category,
-            "prompt": prompt.text,
-            "chat": prompt.chat,
-            "prompt_tokens": len(ids),
-            "runs": {},
-        }
-        for mode in modes:
-            values = dataclasses.asdict(runs[mode])
-            values["decode_seconds"] = values.pop("seconds")
-            values["text"] = model.tokenizer.decode(values["token_ids"])
-            if mode.mode == "verify":
-                values["identical"] = values["token_ids"] == standard
-            if mode.mode == "alternate":
-                values["common_tokens"] = common_tokens(values["token_ids"], standard)
-            row["runs"][mode.name] = values
-        rows.append(row)
-    return rows
-
-
-def add_likelihoods(
-    checkpoint: Checkpoint,
-    rows: Sequence[dict],
-    encoded: Sequence[list[int]],
-    modes: Sequence[Setup],
-    options: argparse.Namespace,
-) -> None:
-    """Adds to the runs in ``rows`` what the base says of the texts of standard and alternate mode."""
-    base = likelihood.load_base(checkpoint, options.reference_dtype, torch.device(options.device))
-    judged = [
-        (mode, ids, row["runs"][mode.name])
-        for row, ids in zip(rows, encoded, strict=True)
-        for mode in modes
-        if mode.mode != "verify"  # standard's text once more
-    ]
-    texts = [(ids, run["token_ids"]) for _, ids, run in judged]
-    read = tqdm(likelihood.read(base, texts), total=len(texts), unit=" texts", leave=False)
-    for (mode, _, run), (log_likelihoods, picks) in zip(judged, read, strict=True):
-        tokens = torch.tensor(run["token_ids"], dtype=torch.int64)
-        mean = float(log_likelihoods.mean()) if len(tokens) else None
-        run["log_likelihood_nats_per_token"] = mean
-        if mode.mode == "alternate":
-            # The first token is the base's; then come the drafts and one more of the base's, step after step.
-            is_base = torch.arange(len(tokens)) % (mode.drafts + 1) == 0
-            for name, chosen in (("base", is_base), ("draft", ~is_base)):
-                run[f"{name}_tokens"] = int(chosen.sum())
-                run[f"{name}_tokens_agreeing"] = int((tokens == picks)[chosen].sum())
-
-
-def run_cloze(
-    model: Model, items: cloze.Cloze, modes: Sequence[Setup], options: argparse.Namespace
-) -> dict:
-    """The accuracies of standard and alternate mode."""
-    asked = cloze.encode(items, model.tokenizer)
-    if not asked:
-        raise RecycleError(
-            f"--cloze {options.cloze}: this tokenizer makes two tokens of no continuation"
-        )
-    capacity = max(len(context) + len(following) for context, following in asked)
-    if capacity > (context := model.packed.config.max_position_embeddings):
-        raise RecycleError(
-            f"--cloze {options.cloze}: an item has {capacity} tokens; this model's context is {context}"
-        )
-    right = {}
-    for mode in modes:
-        if mode.mode != "verify":
-            decoder = make_decoder(model, mode, capacity, options.cache_dtype)
-            answers = cloze.right_tokens(decoder, asked)
-            right[mode.name] = list(tqdm(answers, total=len(asked), unit=" items", leave=False))
-    return {
-        "source": items.source,
-        "items": len(asked),
-        "items_left_out": len(items.items) - len(asked),
-        "by_drafts": {
-            str(mode.drafts): cloze_figures(right["standard"], right[mode.name])
-            for mode in modes
-            if mode.mode == "alternate"
-        },
-    }
-
-
 def run(options: argparse.Namespace) -> int:
     """Measures and prints; returns the exit status."""
     if options.make_cloze is not None:
@@ -293,44 +168,65 @@ def run(options: argparse.Namespace) -> int:
             f"no module is loaded for {checkpoint.config.name}; --module DIR names one, and "
             "`python -m recycle_ext.train` makes one"
         )
-    torch.set_num_threads(_C.n_threads())
-    encoded = encode_prompts(model, prompts, options.max_new_tokens)
+    if options.threads is not None:
+        torch.set_num_threads(_C.n_threads())  # for the base in plain PyTorch
+    limit, cache_dtype = options.max_new_tokens, options.cache_dtype
+    encoded = encode_prompts(model, prompts, limit)
+    asked = None if items is None else encode_cloze(model, items)
     requests = sum(prompt.chat for prompt in prompts)
-    has_template = model.tokenizer.chat_template is not None
-    if requests and not has_template:
+    if requests and model.tokenizer.chat_template is None:
         print(
             f"this model has no chat template: {requests} requests are given as plain text",
             file=sys.stderr,
         )
+
     modes = setups(drafts)
-    rows = run_prompts(model, prompts, encoded, modes, options)
+    rows = run_prompts(model, prompts, encoded, modes, limit, cache_dtype)
     if options.quality:
-        add_likelihoods(checkpoint, rows, encoded, modes, options)
+        device = model.packed.weights.device
+        base = likelihood.load_base(checkpoint, options.reference_dtype, device)
+        add_likelihoods(base, rows, encoded, modes)
+        del base
+    cloze_results = None
+    if asked is not None:
+        cloze_results = {
+            "source": items.source,
+            "items": len(asked),
+            "items_left_out": len(items.items) - len(asked),
+            "by_drafts": run_cloze(model, asked, modes, cache_dtype),
+        }
     report = {
         "machine": machine(),
-        "settings": {
-            "model": checkpoint.path,
-            "model_name": checkpoint.config.name,
-            "module": str(options.module or default_module(checkpoint)),
-            "formats": model.packed.formats,
-            "dtype": options.dtype,
-            "cache_dtype": options.cache_dtype,
-            "reference_dtype": options.reference_dtype if options.quality else None,
-            "device": options.device,
-            "threads": _C.n_threads(),
-            "drafts": drafts,
-            "max_new_tokens": options.max_new_tokens,
-            "chat_template": has_template,
-            "bootstrap_level": bootstrap.LEVEL,
-            "bootstrap_resamples": bootstrap.RESAMPLES,
-            "bootstrap_seed": bootstrap.SEED,
-        },
+        "settings": settings(options, drafts, checkpoint, model),
         "summaries": summaries(rows, drafts),
-        "cloze": None if items is None else run_cloze(model, items, modes, options),
+        "cloze": cloze_results,
         "prompts": rows,
     }
     show(report, options)
     return said_of_differences(rows)
+
+
+def settings(
+    options: argparse.Namespace, drafts: list[int], checkpoint: Checkpoint, model: Model
+) -> dict:
+    """What the figures depend on besides the machine and the prompts."""
+    return {
+        "model": checkpoint.path,
+        "model_name": checkpoint.config.name,
+        "module": str(options.module or default_module(checkpoint)),
+        "formats": model.packed.formats,
+        "dtype": options.dtype,
+        "cache_dtype": options.cache_dtype,
+        "reference_dtype": options.reference_dtype if options.quality else None,
+        "device": options.device,
+        "threads": _C.n_threads(),
+        "drafts": drafts,
+        "max_new_tokens": options.max_new_tokens,
+        "chat_template": model.tokenizer.chat_template is not None,
+        "bootstrap_level": bootstrap.LEVEL,
+        "bootstrap_resamples": bootstrap.RESAMPLES,
+        "bootstrap_seed": bootstrap.SEED,
+    }
 
 
 def show(report: dict, options: argparse.Namespace) -> None:

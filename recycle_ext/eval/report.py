@@ -71,6 +71,7 @@ def quality_figures(rows: Sequence[dict], k: int) -> dict:
     base_agreement: the same of the tokens that the base did write, which only the kernels' rounding keeps from 1.
     log_likelihood_difference: alternate's minus standard's, nats a token, each text's mean, then the mean of the
     prompts where neither text is empty; perplexity_ratio: e to minus that.
+    A strict judge: greedy text is about as likely as text can be under its own model.
     """
     alternate = [row["runs"][f"alternate-{k}"] for row in rows]
     figures: dict = {"common_tokens_median": median(run["common_tokens"] for run in alternate)}
@@ -148,14 +149,13 @@ def heading(report: dict) -> str:
     """What was run, and where."""
     here, settings = report["machine"], report["settings"]
     cores = f"{here['cores']} core" + ("s" if here["cores"] != 1 else "")
-    where = (
-        settings["device"]
-        if settings["device"] != "cpu"
-        else f"{here['cpu']}, {cores}, {here['isa']}"
-    )
+    where = settings["device"]
+    if where == "cpu":
+        where = f"{here['cpu']}, {cores}, threads {settings['threads']}, {here['isa']}"
     return (
-        f"{settings['model_name']} ({settings['formats']}), module {Path(settings['module']).name}; greedy, at most "
-        f"{settings['max_new_tokens']} new tokens\n{where}; torch {here['torch']}; {here['date']}"
+        f"{settings['model_name']} ({settings['formats']}), module {Path(settings['module']).name}; "
+        f"greedy, at most {settings['max_new_tokens']} new tokens\n"
+        f"{where}; torch {here['torch']}; {here['date']}"
     )
 
 
