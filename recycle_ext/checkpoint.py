@@ -91,7 +91,7 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
     else:
         path, name = local_path(str(model))
     if path.is_dir():
-        config = hf_directory.read_config(path, name or path.resolve().name)
+        config = hf_directory.read_config(path / "config.json", name or path.resolve().name)
         tensors = hf_directory.read_tensors(path, config)
     else:
         header = gguf_file.GgufHeader(path)

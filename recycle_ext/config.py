@@ -115,20 +115,28 @@ class ModuleConfig:
 
     @classmethod
     def like(
-        cls, base: ModelConfig, n_layers: int, draft_vocab_size: int = 0, fingerprint: str = ""
+        cls,
+        base: ModelConfig,
+        n_layers: int,
+        draft_vocab_size: int = 0,
+        fingerprint: str = "",
+        shape: str = "recycle",
     ) -> ModuleConfig:
-        """A module of the base's own layers, with all norms."""
+        """A module of the base's own layers. shape: "recycle", with all norms, or "eagle", an EAGLE-1 head's,
+        with none beside the layers' own, none before the first layer, and a bias.
+        """
         shared = {field.name for field in dataclasses.fields(cls)}
         same = {name: value for name, value in vars(base).items() if name in shared}
+        normed = shape == "recycle"
         return cls(
             **same
             | {
                 "n_layers": n_layers,
-                "embed_norm": True,
-                "hidden_norm": True,
-                "output_norm": True,
-                "first_input_norm": True,
-                "input_bias": False,
+                "embed_norm": normed,
+                "hidden_norm": normed,
+                "output_norm": normed,
+                "first_input_norm": normed,
+                "input_bias": not normed,
                 "zero_first_embedding": False,
                 "draft_vocab_size": draft_vocab_size,
                 "base_name": base.name,

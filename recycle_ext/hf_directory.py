@@ -50,9 +50,9 @@ class Fields:
         )
 
 
-def read_config(path: Path, name: str) -> ModelConfig:
-    """Sizes of the model in directory ``path``, or a RecycleError naming what is not supported."""
-    fields = Fields(path / "config.json")
+def read_config(file: Path, name: str) -> ModelConfig:
+    """Sizes of the model that a config.json describes, or a RecycleError naming what is not supported."""
+    fields = Fields(file)
     get, refuse = fields.get, fields.refuse
     given = get("architectures", list, [])
     if given not in [[name] for name in _ARCHITECTURES]:
@@ -90,7 +90,7 @@ def read_config(path: Path, name: str) -> ModelConfig:
         qkv_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
         bos_token_id=bos if bos >= 0 else None,
-        eos_token_ids=_eos_token_ids(path, fields),
+        eos_token_ids=_eos_token_ids(fields),
         name=name,
     )
 
@@ -184,11 +184,11 @@ def _context(fields: Fields, architecture: str) -> int:
     return min(context, fields.get("sliding_window", int, window)) if used else context
 
 
-def _eos_token_ids(path: Path, fields: Fields) -> tuple[int, ...]:
+def _eos_token_ids(fields: Fields) -> tuple[int, ...]:
     """From config.json and generation_config.json, where chat models name the end of a turn."""
     ids: list[int] = []
     sources = [(fields.file, fields.values)]
-    if (file := path / "generation_config.json").is_file():
+    if (file := fields.file.with_name("generation_config.json")).is_file():
         sources.append((file, read_json(file)))
     for file, values in sources:
         given = values.get("eos_token_id")

@@ -216,6 +216,15 @@ def _rows(source: TensorSource, format: str, start: int, stop: int) -> Tensor:
     return convert_rows(source.float_rows(start, stop), format)
 
 
+def check_sizes(config: ModelConfig, file: str) -> None:
+    """Refuses sizes that the kernels are not made for."""
+    for what in ("hidden_size", "intermediate_size", "head_dim"):
+        if getattr(config, what) % 16:
+            raise RecycleError(
+                f"{file}: {what} is {getattr(config, what)}; the kernels need a multiple of 16"
+            )
+
+
 def pack_model(
     base: Checkpoint, module: ModuleCheckpoint | None = None, dtype: str | None = None
 ) -> PackedModel:
@@ -226,13 +235,7 @@ def pack_model(
     """
     if dtype is not None and dtype not in DTYPES:
         raise RecycleError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    config = base.config
-    for what in ("hidden_size", "intermediate_size", "head_dim"):
-        if getattr(config, what) % 16:
-            raise RecycleError(
-                f"{base.path}: {what} is {getattr(config, what)}; the kernels need a multiple of 16"
-            )
-
+    check_sizes(base.config, base.path)
     _, size, _, _ = describe_plan(base, module, dtype)
     weights = torch.empty(size, dtype=torch.uint8)
     _C.use_huge_pages(weights.numpy())
@@ -240,7 +243,7 @@ def pack_model(
     return PackedModel(
         weights,
         torch.tensor(entries, dtype=torch.int64),
-        config,
+        base.config,
         module.config if module is not None else None,
         *parts,
         formats,

@@ -51,6 +51,15 @@ class KvCache:
         keys, values = self._layers[layer]
         return keys[:, :, : self.length], values[:, :, : self.length]
 
+    def mask(self, rows: int, device: torch.device) -> Tensor | None:
+        """Which positions the ``rows`` newest see, [rows, length] bool: row r all but the last
+        rows - 1 - r; None where that is plain causal attention.
+        """
+        if rows == self.length:
+            return None
+        ones = torch.ones(rows, self.length, dtype=torch.bool, device=device)
+        return ones.tril(self.length - rows)
+
     def truncate(self, length: int) -> None:
         """Forgets what stands at positions ``length`` and after."""
         self.length = min(self.length, length)
@@ -114,11 +123,7 @@ class Attention(nn.Module):
             grouped = q.reshape(q.shape[0], k.shape[1], -1, self.head_dim)
             out = F.scaled_dot_product_attention(grouped, k, v)
             return self.o_proj(out.reshape(*x.shape[:2], -1))
-        mask = None
-        if q.shape[2] < k.shape[2]:
-            # The new rows end where the cache ends: row r sees all but the last T - 1 - r positions.
-            ones = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-            mask = ones.tril(k.shape[2] - q.shape[2])
+        mask = None if cache is None else cache.mask(q.shape[2], q.device)
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(*x.shape[:2], -1))
 

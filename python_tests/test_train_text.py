@@ -1,0 +1,156 @@
+"""Text to train on: from files, and written by the base."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from models import reference_base, write_base
+
+from recycle_ext.errors import RecycleError
+from recycle_ext.train.documents import documents, packed
+from recycle_ext.train.self_text import Prompts, write_text
+
+
+class Words:
+    """A tokenizer of a word a token, by its length."""
+
+    eos_token_ids = (0, 7)
+    chat_template = None
+
+    def encode(self, text, add_bos=None):
+        return [len(word) for word in text.split()]
+
+
+def test_documents_of_all_kinds(tmp_path):
+    (tmp_path / "a.txt").write_text("one text", "utf-8")
+    rows = [{"text": "first"}, {"text": [{"role": "user", "content": "hi"}, {"content": "ho"}]}]
+    (tmp_path / "b.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows), "utf-8")
+    files = [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]
+    assert list(documents(files, "text")) == ["one text", "first", "hi\nho"]
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="parquet is read with pyarrow")
+    from pyarrow import parquet
+
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"body": ["x", None, "y z"], "n": [1, 2, 3]}), file)
+    assert list(documents([str(file)], "body")) == ["x", "y z"]
+    with pytest.raises(RecycleError, match=r'no column "text" \(there is: body, n\)'):
+        list(documents([str(file)], "text"))
+    file.write_bytes(b"PAR1 nonsense")
+    with pytest.raises(RecycleError, match=r"a\.parquet: cannot be read as parquet"):
+        list(documents([str(file)], "body"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"  \n ", "there is no text in it"),
+        ("a.txt", b"caf\xe9", r"not UTF-8 text \(.* at byte 3\)"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2: not JSON"),
+        ("a.jsonl", b'{"body": "x"}', r'line 1: no "text" \(there is: body\); --text-field'),
+        ("a.jsonl", b'{"text": 3}', 'line 1: "text" is int, not text'),
+        ("a.jsonl", b"", "there is no text in it"),
+    ],
+)
+def test_files_that_hold_no_text(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RecycleError, match=message):
+        list(documents([str(tmp_path / name)], "text"))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    for name in ("no.txt", "no.jsonl", "no.parquet"):
+        if name.endswith("parquet"):
+            pytest.importorskip("pyarrow", reason="parquet is read with pyarrow")
+        with pytest.raises(RecycleError, match=name):
+            list(documents([str(tmp_path / name)], "text"))
+
+
+def test_packing_puts_an_end_behind_each_document():
+    sequences = packed(Words(), iter(["a bb", "ccc", "d"]), 3)
+    assert sequences.tolist() == [[1, 2, 0], [3, 0, 1]]  # the last end has no sequence to stand in
+    with pytest.raises(RecycleError, match="--text has 2 tokens; at least two sequences"):
+        packed(Words(), iter(["a"]), 3)
+
+
+@pytest.fixture(params=["llama", "qwen2", "qwen3"])
+def base(request, tmp_path):
+    return write_base(tmp_path / "base", request.param, vocab_size=40)
+
+
+class SomePrompts:
+    """Prompts of two tokens."""
+
+    def __init__(self):
+        self.count = 0
+
+    def next(self):
+        self.count += 1
+        return [3 + self.count % 30, 5]
+
+
+def test_the_base_writes_what_it_would_say(base):
+    """Rows settle at temperature 0, 0, 0.7 and 1; once settled, the first two are greedy."""
+    model = reference_base(base, torch.float32)
+    tokens, hidden = write_text(model, SomePrompts(), set(), 8, 40, seed=1)
+    states = model(tokens).detach()
+    # The cache of what is being written is in bfloat16.
+    torch.testing.assert_close(hidden, states, rtol=0.05, atol=0.05 * states.abs().max().item())
+    greedy = model.logits(hidden).argmax(-1)
+    agreement = (tokens[:, 15:] == greedy[:, 14:-1]).float().mean(-1)
+    for row, share in enumerate(agreement.tolist()):
+        assert (share == 1) == (row % 4 < 2), (row, share)
+
+
+def test_the_same_seed_writes_the_same_text(base):
+    model = reference_base(base, torch.float32)
+    first = write_text(model, SomePrompts(), set(), 4, 30, seed=5)[0]
+    assert torch.equal(first, write_text(model, SomePrompts(), set(), 4, 30, seed=5)[0])
+    assert not torch.equal(first, write_text(model, SomePrompts(), set(), 4, 30, seed=6)[0])
+
+
+def test_after_an_end_another_prompt_follows(base):
+    model = reference_base(base, torch.float32)
+    ends = set(range(0, 40, 2))  # every other token ends a text
+    tokens, _ = write_text(model, SomePrompts(), ends, 4, 40, seed=2)
+    for row in tokens.tolist():
+        position = 2
+        while position < 37:
+            if row[position] in ends:
+                assert row[position + 2] == 5  # the second token of a prompt
+                position += 3
+            else:
+                position += 1
+
+
+def test_prompts_are_filled_in_and_differ():
+    class Kept(Words):
+        def encode(self, text, add_bos=None):
+            return [text]
+
+    prompts = Prompts(Kept(), seed=0)
+    texts = [prompts.next()[0] for _ in range(300)]
+    assert len(set(texts)) > 150
+    assert not any("{topics}" in t or "{number}" in t or "{names}" in t for t in texts)
+
+
+def test_a_chat_model_gets_its_own_template():
+    class Chat(Words):
+        chat_template = "yes"
+
+        def encode(self, text, add_bos=None):
+            return [text]
+
+        def apply_chat_template(self, messages):
+            return f"<user>{messages[0]['content']}<assistant>"
+
+    prompts = Prompts(Chat(), seed=0)
+    texts = [prompts.next()[0] for _ in range(300)]
+    asked = sum(t.startswith("<user>") and t.endswith("<assistant>") for t in texts)
+    open_ended = sum(t == "<user>" for t in texts)
+    assert 120 < asked < 210
+    assert 10 < open_ended < 60

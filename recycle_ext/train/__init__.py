@@ -1,0 +1,1 @@
+"""python -m recycle_ext.train: __main__.py says what it does."""

@@ -1,0 +1,118 @@
+"""Text from files, as packed sequences of tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from recycle_ext.errors import RecycleError
+from recycle_ext.tokenizer import Tokenizer
+
+
+def documents(files: Sequence[str], field: str) -> Iterator[str]:
+    """The documents of files, by how their names end: .jsonl (an object a line) and .parquet (a row each)
+    hold them in ``field``; any other file is one document, UTF-8.
+
+    A document of a chat, a list of {"role", "content"} objects, is given as its contents, one after
+    the other.
+    """
+    for name in files:
+        file = Path(name)
+        found = False
+        for text in _READERS.get(file.suffix, _whole)(file, field):
+            if text.strip():
+                found = True
+                yield text
+        if not found:
+            raise RecycleError(f"{file}: there is no text in it")
+
+
+def _whole(file: Path, field: str) -> Iterator[str]:
+    try:
+        yield file.read_text("utf-8")
+    except OSError as error:
+        raise RecycleError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RecycleError(
+            f"{file}: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None
+
+
+def _lines(file: Path, field: str) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise RecycleError(f"{file}, line {number}: not JSON: {error}") from None
+                if not isinstance(row, dict) or field not in row:
+                    given = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                    raise RecycleError(
+                        f'{file}, line {number}: no "{field}" (there is: {given}); --text-field names it'
+                    )
+                yield _text(row[field], f"{file}, line {number}", field)
+    except OSError as error:
+        raise RecycleError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RecycleError(
+            f"{file}: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None
+
+
+def _rows(file: Path, field: str) -> Iterator[str]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ModuleNotFoundError:
+        raise RecycleError(f"{file}: parquet needs pyarrow: `pip install pyarrow`") from None
+    try:
+        opened = ParquetFile(file)
+        if field not in opened.schema_arrow.names:
+            there = ", ".join(opened.schema_arrow.names)
+            raise RecycleError(
+                f'{file}: no column "{field}" (there is: {there}); --text-field names it'
+            )
+        for batch in opened.iter_batches(columns=[field]):
+            for value in batch.column(0).to_pylist():
+                yield _text(value, str(file), field)
+    except (OSError, ArrowException) as error:
+        raise RecycleError(f"{file}: cannot be read as parquet: {error}") from None
+
+
+def _text(value: Any, where: str, field: str) -> str:
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        value = "\n".join(str(turn.get("content", "")) for turn in value)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise RecycleError(f'{where}: "{field}" is {type(value).__name__}, not text')
+    return value
+
+
+_READERS = {".jsonl": _lines, ".parquet": _rows}
+
+
+def packed(tokenizer: Tokenizer, texts: Iterator[str], length: int) -> Tensor:
+    """Sequences of ``length`` tokens, [n, length] int64: the documents one after the other, each with the
+    end token behind it, cut wherever a sequence is full; what is left over at the end is dropped.
+    """
+    end = tokenizer.eos_token_ids[:1]
+    ids: list[int] = []
+    for text in tqdm(texts, desc="tokenizing", unit=" documents", leave=False):
+        ids += tokenizer.encode(text)
+        ids += end
+    count = len(ids) // length
+    if count < 2:
+        raise RecycleError(
+            f"--text has {len(ids)} tokens; at least two sequences of --length {length} are needed"
+        )
+    return torch.tensor(ids[: count * length]).view(count, length)
