@@ -122,8 +122,8 @@ class ModuleConfig:
         fingerprint: str = "",
         shape: str = "recycle",
     ) -> ModuleConfig:
-        """A module of the base's own layers. shape: "recycle", with all norms, or "eagle", an EAGLE-1 head's,
-        with none beside the layers' own, none before the first layer, and a bias.
+        """A module of the base's own layers. shape: "recycle", with all norms, or "eagle", an EAGLE-1 head's as
+        vLLM reads it, with none beside the layers' own and none before the first layer.
         """
         shared = {field.name for field in dataclasses.fields(cls)}
         same = {name: value for name, value in vars(base).items() if name in shared}
@@ -136,7 +136,7 @@ class ModuleConfig:
                 "hidden_norm": normed,
                 "output_norm": normed,
                 "first_input_norm": normed,
-                "input_bias": not normed,
+                "input_bias": False,
                 "zero_first_embedding": False,
                 "draft_vocab_size": draft_vocab_size,
                 "base_name": base.name,

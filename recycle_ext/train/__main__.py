@@ -63,7 +63,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=1.0,
         help="with --joint: of the module's loss; 0: none",
     )
-    add("--layers", type=int, default=1, help="of the module")
+    add("--layers", type=int, default=2, help="of the module")
     add(
         "--shape",
         choices=("recycle", "eagle"),
@@ -82,7 +82,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--self-generate",
         type=int,
-        default=1_966_080,
+        default=1_277_952,
         metavar="TOKENS",
         help="text the base writes, from the prompts in recycle_ext/train/prompts.txt",
     )

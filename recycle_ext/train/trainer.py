@@ -22,16 +22,16 @@ from recycle_ext.train.workers import Workers
 class TrainOptions:
     """What can be set; defaults are those of the shipped module."""
 
-    steps: int = 1000
+    steps: int = 3000
     batch_sequences: int = 16  # of a step, over all processes and micro-batches
     accumulate: int = 1  # micro-batches of a step
     learning_rate: float = 2e-3
-    warmup_steps: int = 100
+    warmup_steps: int = 50
     weight_decay: float = 0.01
     clip: float = 1.0
     ema: float = 0.99  # of the weights; 0: none
     seed: int = 0
-    evaluate_every: int = 100
+    evaluate_every: int = 150
     save_seconds: float = 240.0
 
 
