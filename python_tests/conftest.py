@@ -19,6 +19,16 @@ hypothesis.settings.load_profile("recycle")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need more than this package and its extras run only when they are asked for."""
+    if "vllm" in config.option.markexpr:
+        return
+    skip = pytest.mark.skip(reason="opt-in: `pytest -m vllm`, with the set-up in CONTRIBUTING.md")
+    for item in items:
+        if "vllm" in item.keywords:
+            item.add_marker(skip)
+
+
 @pytest.fixture(params=_C.runnable_isas())
 def isa(request) -> Iterator[str]:
     """Each instruction set of this build that this processor runs."""

@@ -4,8 +4,8 @@
 
 h is the base's state after its final norm, and a further guess takes g in the place of h, as a module's
 does. There is no norm on e, on h, before the first layer's attention or before lm_head. (EAGLE's
-cnets1.py and ea_model.py; vLLM's and SGLang's llama_eagle.py.) The first three say the same of h and g,
-so that with no norms the map is the identity, whatever the number of guesses.
+cnets1.py and ea_model.py; vLLM's and SGLang's llama_eagle.py.) So a module without the four norms is an
+EAGLE-1 head under other names, for however many guesses.
 
 An exported directory has what vLLM 0.32 (``speculative_config`` method "eagle") and SGLang
 (``--speculative-algorithm EAGLE``) read: config.json and model.safetensors. Both take the embedding and
@@ -121,12 +121,12 @@ def from_module(
     if largest := bias.abs().max().item():
         notes.append(
             f"this module's input_proj has a bias (up to {largest:.3g}); SGLang reads it, vLLM 0.32 does "
-            "not and guesses a little worse for it"
+            "not and guesses without it"
         )
     if config.draft_vocab_size:
         notes.append(
-            f"this module guesses among {config.draft_vocab_size} tokens; EAGLE-1 has no such list, so that "
-            f"the head guesses among all {config.vocab_size}: never worse, and it reads all of lm_head"
+            f"this module guesses among {config.draft_vocab_size} tokens; EAGLE-1 has no such list: the "
+            f"head guesses among all {config.vocab_size} and reads all of lm_head for it"
         )
     return _eagle_config(config, base), tensors, notes
 
@@ -134,7 +134,7 @@ def from_module(
 def _eagle_config(config: ModuleConfig, base: Checkpoint) -> dict[str, Any]:
     """What config.json of an EAGLE-1 head holds: a small Llama's."""
     scaling = config.rope_scaling
-    fields = {
+    return {
         "architectures": ["LlamaForCausalLMEagle", "LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocab_size,
@@ -154,4 +154,3 @@ def _eagle_config(config: ModuleConfig, base: Checkpoint) -> dict[str, Any]:
         "bos_token_id": base.config.bos_token_id,
         "eos_token_id": base.config.eos_token_ids[0] if base.config.eos_token_ids else None,
     }
-    return fields

@@ -1,0 +1,151 @@
+"""A module of ours in a real vLLM: the same text as without it, and as many guesses accepted as here.
+
+Opt-in: `pytest -m vllm`, with vLLM in an environment of its own (CONTRIBUTING says how).
+RECYCLE_VLLM_PYTHON is that environment's Python. RECYCLE_EAGLE_MODULE is the module to export; without
+it one is fitted here in closed form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from recycle_ext.checkpoint import open_checkpoint
+from recycle_ext.config import ModuleConfig
+from recycle_ext.convert import __main__ as convert
+from recycle_ext.decoder import Decoder
+from recycle_ext.module_checkpoint import open_module, save_module
+from recycle_ext.packing import pack_model
+from recycle_ext.reference import BaseModel, RecyclableModule
+
+pytestmark = pytest.mark.vllm
+HERE = Path(__file__).parent
+PROMPTS = [
+    "Once upon a time, in a small village by the sea,",
+    "The capital of France is",
+    "Q: What is the boiling point of water?\nA:",
+    "Ingredients: flour, sugar, two eggs",
+]
+NEW_TOKENS = 64
+TEXT = ["README", "CONTRIBUTING", "CHANGELOG"]  # what W_in is fitted on
+
+
+def vllm(model, draft, prompts):
+    """vLLM's continuations, and its counts of drafts and of those accepted."""
+    done = subprocess.run(
+        [os.environ.get("RECYCLE_VLLM_PYTHON", sys.executable), HERE / "vllm_run.py", model, draft],
+        input=json.dumps({"prompts": prompts, "new_tokens": NEW_TOKENS}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def base(default_model, tmp_path_factory):
+    """SmolLM2 as a Hugging Face directory in bf16, which vLLM and recycle_ext read alike."""
+    gguf = open_checkpoint(default_model)
+    config, folder = gguf.config, tmp_path_factory.mktemp("smollm2")
+    names = ["vocab_size", "hidden_size", "intermediate_size", "head_dim", "rms_norm_eps"]
+    names += ["rope_theta", "max_position_embeddings", "tie_word_embeddings"]
+    fields = {name: getattr(config, name) for name in names} | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(fields))
+    # Norms stay float32, so that the directory has the fingerprint of the file it came from.
+    tensors = {
+        name: source.to(torch.float32 if name.endswith("norm.weight") else torch.bfloat16)
+        for name, source in gguf.tensors.items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return open_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(default_model):
+    """The one that the directory lacks."""
+    return open_checkpoint(default_model).tokenizer
+
+
+@pytest.fixture(scope="module")
+def module(base, tokenizer, tmp_path_factory):
+    """RECYCLE_EAGLE_MODULE, or W_in by least squares, h_{i+1} from [e(x_{i+1}) ; h_i], before a faint layer."""
+    if given := os.environ.get("RECYCLE_EAGLE_MODULE"):
+        return Path(given)
+    reference = BaseModel(base.config)
+    reference.load_state_dict(base.state_dict())
+    text = "".join((HERE.parent / f"{name}.md").read_text("utf-8") for name in TEXT)
+    tokens = torch.tensor(tokenizer.encode(text)[:4096])
+    pairs, targets = [], []
+    with torch.no_grad():
+        for part in tokens.split(256):
+            hidden = reference(part[None])[0]
+            pairs.append(torch.cat((reference.model.embed_tokens(part[1:]), hidden[:-1]), dim=1))
+            targets.append(hidden[1:])
+    x, y = torch.cat(pairs).double(), torch.cat(targets).double()
+    ridge = 0.01 * x.square().mean() * len(x) * torch.eye(x.shape[1])
+    weight = torch.linalg.solve(x.T @ x + ridge, x.T @ y).T
+
+    config = ModuleConfig.like(base.config, 1, fingerprint=base.fingerprint)
+    no_norms = ["embed_norm", "hidden_norm", "output_norm", "first_input_norm"]
+    config = dataclasses.replace(config, **dict.fromkeys(no_norms, False), input_bias=False)
+    torch.manual_seed(0)
+    tensors = {name: t.detach() for name, t in RecyclableModule(config).state_dict().items()}
+    tensors["input_proj.weight"] = weight
+    for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+        tensors[f"layers.0.{name}"] *= 0.3
+    folder = tmp_path_factory.mktemp("module")
+    save_module(folder, config, tensors)
+    return folder
+
+
+def here(base, module, prompts):
+    """The same from our own decoder: ids, drafts, accepted."""
+    packed = pack_model(base, open_module(module, base), "f32")
+    ids, drafts = [], 0
+    for prompt in prompts:
+        decoder = Decoder(packed, "verify", 1, capacity=512, cache_dtype=torch.float32)
+        out = [decoder.prefill(prompt)]
+        while len(out) < NEW_TOKENS:
+            tokens, counts = decoder.step()
+            out += tokens[0, : counts[0]].tolist()
+            drafts += 1
+        ids.append(out[:NEW_TOKENS])
+    return ids, drafts, sum(len(out) for out in ids) - len(ids) - drafts
+
+
+def test_vllm_serves_an_exported_module(base, tokenizer, module, tmp_path, capsys):
+    head = tmp_path / "head"
+    assert (
+        convert.main([str(module), "--base", base.path, "--output", str(head), "--to", "eagle"])
+        == 0
+    )
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    alone = vllm(base.path, "none", prompts)
+    together = vllm(base.path, head, prompts)
+    ids, drafts, accepted = here(base, module, prompts)
+    theirs = together["accepted"] / together["drafts"]
+    with capsys.disabled():
+        print(
+            f"\nvLLM: {theirs:.1%} of {together['drafts']} drafts accepted; "
+            f"here: {accepted / drafts:.1%} of {drafts}"
+        )
+    assert together["ids"] == alone["ids"] == ids
+    assert accepted > 0
+    # The counts end at other tokens: a step of vLLM's may have gone past the last one.
+    assert abs(theirs - accepted / drafts) < 0.03
