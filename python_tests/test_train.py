@@ -18,6 +18,7 @@ from recycle_ext.config import ModuleConfig
 from recycle_ext.decoder import Decoder
 from recycle_ext.errors import RecycleError
 from recycle_ext.module_checkpoint import open_module, save_module
+from recycle_ext.ops import HAS_CUDA_OPS
 from recycle_ext.packing import pack_model
 from recycle_ext.train import __main__ as command
 from recycle_ext.train import draft_vocab
@@ -337,6 +338,27 @@ def test_transformers_reads_the_base_that_was_trained(config_file, texts, tmp_pa
         )
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not (HAS_CUDA_OPS and torch.cuda.is_available()),
+    reason="needs an NVIDIA GPU, a CUDA build of torch and of recycle_ext",
+)
+def test_training_on_a_gpu_is_the_cpus_but_for_rounding(config_file, texts, tmp_path):
+    """Joint, then a module on the base's own text."""
+    losses = {}
+    for device in ("cpu", "cuda"):
+        out, attached = tmp_path / device, tmp_path / f"attached-{device}"
+        assert joint(config_file, texts, out, "--steps", "40", "--device", device) == 0
+        arguments = ["--base", str(tmp_path / "cpu" / "base"), "--self-generate", "4000", *SMALL]
+        arguments += ["--draft-vocab", "100", "--steps", "40", "--device", device]
+        assert command.main([*arguments, "--output", str(attached)]) == 0
+        losses[device] = [
+            json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["loss"]
+            for folder in (out, attached)
+        ]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05)
+
+
 def test_eagle_shape_has_no_norms_of_its_own(config_file, texts, tmp_path):
     assert joint(config_file, texts, tmp_path / "out", "--steps", "5", "--shape", "eagle") == 0
     fields = json.loads((tmp_path / "out" / "module" / "config.json").read_text())
@@ -380,6 +402,16 @@ def test_text_of_another_base_is_refused(config_file, texts, tmp_path, capsys):
         assert command.main(arguments) == status
         (tmp_path / "out" / "training.pt").unlink(missing_ok=True)
     assert "text of another base model" in capsys.readouterr().err
+
+
+def test_a_run_on_another_base_is_not_resumed(config_file, texts, tmp_path, capsys):
+    output = ["--output", str(tmp_path / "out"), *SMALL, "--steps", "2", "--draft-vocab", "0"]
+    for seed, more, status in (("0", [], 0), ("1", ["--resume"], 2)):
+        base = tmp_path / f"base{seed}"
+        assert joint(config_file, texts, base, "--steps", "2", "--seed", seed) == 0
+        arguments = ["--base", str(base / "base"), "--text", str(texts), "--online", *output]
+        assert command.main([*arguments, *more]) == status
+    assert "training.pt is of another base model" in capsys.readouterr().err
 
 
 def test_out_of_memory_names_the_knobs(config_file, texts, tmp_path, capsys, monkeypatch):

@@ -82,20 +82,24 @@ def measure(
 ) -> list[Choice]:
     """Greedy verify mode, one draft a step, with each size; the sizes take turns at each prompt.
 
-    tokens: the text that frequencies are counted in. prompts: token ids.
+    tokens: the text that frequencies are counted in. prompts: token ids, as many each.
     """
     choices = []
+    capacity = min(len(prompts[0]) + NEW_TOKENS, base.config.max_position_embeddings)
+    new_tokens = capacity - len(prompts[0])
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
             ids, coverage = frequent_tokens(tokens, size, base.config.vocab_size)
             packed = pack_model(base, cut(module, base, ids, Path(folder) / str(size)), dtype)
-            decoder = Decoder(packed, "verify", 1, capacity=PROMPT_TOKENS + NEW_TOKENS + 1)
+            decoder = Decoder(packed, "verify", 1, capacity=capacity)
             choices.append(Choice(ids, coverage, packed.module_bytes, decoder))
     for choice in choices:
-        decode(choice.decoder, prompts[0], 8, ())  # memory is touched, threads are there
+        decode(
+            choice.decoder, prompts[0], min(8, new_tokens), ()
+        )  # memory is touched, threads are there
     for prompt, order in zip(tqdm(prompts), rounds(choices, len(prompts)), strict=True):
         for choice in order:
-            choice.add(decode(choice.decoder, prompt, NEW_TOKENS, base.config.eos_token_ids))
+            choice.add(decode(choice.decoder, prompt, new_tokens, base.config.eos_token_ids))
     return choices
 
 

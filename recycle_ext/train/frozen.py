@@ -101,6 +101,7 @@ class FrozenBase(Task):
     ) -> None:
         super().__init__()
         self.module = module
+        self.fingerprint = module.config.base_fingerprint
         # In a list: its weights are not this task's, to be saved, averaged or sent around.
         self._base = [base]
         self.states = states

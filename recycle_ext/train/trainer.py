@@ -41,6 +41,7 @@ class Task(nn.Module):
     """
 
     n_train: int
+    fingerprint = ""  # of a frozen base
 
     def begin_step(self, done: float) -> None:
         """Told before each step the share of the training that is done."""
@@ -151,6 +152,7 @@ class Trainer:
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "base": self.task.fingerprint,
             "options": asdict(self.options),
         }
         part = path.with_suffix(".part")
@@ -162,6 +164,8 @@ class Trainer:
         state: dict[str, Any] = torch.load(
             path, map_location=self.workers.device, weights_only=True
         )
+        if state["base"] != self.task.fingerprint:
+            raise RecycleError(f"--resume: {path} is of another base model")
         for name, value in asdict(self.options).items():
             # How often is told and saved changes nothing in what is trained.
             if name not in ("evaluate_every", "save_seconds") and state["options"][name] != value:
