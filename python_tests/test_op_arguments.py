@@ -201,8 +201,8 @@ def test_recycle_head_names_the_wrong_argument(change, message):
     ("arguments", "message"),
     [
         ({"mode": "fast"}, "mode is 'fast'; it must be one of standard, verify, alternate"),
-        ({"drafts": 5}, "drafts is 5; it must be 1 to 4, or 'auto'"),
-        ({"drafts": "many"}, "drafts is 'many'; it must be 1 to 4, or 'auto'"),
+        ({"drafts": 5}, "drafts is 5; it must be 1 to 4, or auto"),
+        ({"drafts": "many"}, "drafts is 'many'; it must be 1 to 4, or auto"),
         (
             {"drafts": "auto", "mode": "alternate"},
             "'auto', which mode 'alternate' can't have: there all",

@@ -25,7 +25,7 @@ AUTO = "auto"
 def check_drafts(drafts: int | str) -> None:
     """Raises RecycleError unless it is 1 to 4 or "auto"."""
     if drafts != AUTO and not (isinstance(drafts, int) and 1 <= drafts <= _C.MAX_DRAFTS):
-        raise RecycleError(f"drafts is {drafts!r}; it must be 1 to {_C.MAX_DRAFTS}, or '{AUTO}'")
+        raise RecycleError(f"drafts is {drafts!r}; it must be 1 to {_C.MAX_DRAFTS}, or {AUTO}")
 
 
 class Decoder:

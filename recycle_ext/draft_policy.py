@@ -7,16 +7,17 @@ count where all before them did. It costs p_k standard steps (k = 0), so it is w
 
 and the k that is worth most is kept until another is worth MARGIN more. What isn't running isn't seen, though: more
 drafts than now, or any at all while there are none. A probe runs such a k for a few steps. Its price in tokens, if
-all that it tries fails, is saved up first, ALLOWANCE of each token written, and the next try of what has failed costs
-more. So whatever the text does, probing takes less than ALLOWANCE of the time, and the wait for the next probe has a
-bound. Probes of k = 0 keep the prices honest: they are what everything is compared with.
+all that it tries fails, is saved up first, ALLOWANCE of each token written, and what has failed waits longer. So on
+a text where drafts are useless probes take less than ALLOWANCE of the time, and the wait for the next one has a bound.
+Probes of k = 0 keep the prices honest: everything is compared with it. Only a model's very first steps, and a
+text's first try of one more draft where the last one pays, aren't saved for.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from statistics import fmean, median
+from statistics import median
 
 ALLOWANCE = 0.02  # of the tokens written, for probes
 MARGIN = 0.02  # by which another k must be better
@@ -31,7 +32,9 @@ DOUBT_TRIES = 2.0
 MEMORY = 24  # drafts that a text's acceptance is averaged over
 LONG_MEMORY = 256  # the same for what the next text begins with
 
-GUESSED_PRICE = 1.2  # of one draft, before it was measured
+GUESSED_PRICE = 1.2  # of a step with one draft, before it was measured
+SURE = 3  # comparisons that make a price one to rely on
+UNSURE_PRICE = 1.5  # at most, until then: one wrong measurement must not put off the next for long
 
 
 class Acceptance:
@@ -82,37 +85,47 @@ class Experience:
         self.most = most
         self.acceptance = Acceptance(most, LONG_MEMORY)
         self._samples = [deque([1.0], 1), *(deque(maxlen=9) for _ in range(most))]
+        self.prices = self._prices()  # by k
 
     def is_priced(self, k: int) -> bool:
         """Whether such steps have been timed."""
         return bool(self._samples[k])
 
-    def price(self, k: int) -> float:
-        """Of a step with k drafts; one that was never timed costs as much more as the last draft did."""
-        if self._samples[k]:
-            return max(median(self._samples[k]), self.price(k - 1) if k else 1.0)
-        if k == 1:
-            return GUESSED_PRICE
-        return 2 * self.price(k - 1) - self.price(k - 2)
+    def price_to_try(self, k: int) -> float:
+        """Of a step with k drafts, for deciding whether to measure it again."""
+        price = self.prices[k]
+        return price if len(self._samples[k]) >= SURE else min(price, UNSURE_PRICE)
 
     def compare(self, k: int, seconds: float, other: int, other_seconds: float) -> None:
         """Steps with k and with ``other`` drafts took so long, one after the other: the larger is priced by it."""
         if k < other:
             k, seconds, other, other_seconds = other, other_seconds, k, seconds
-        self._samples[k].append(seconds / other_seconds * self.price(other))
+        self._samples[k].append(seconds / other_seconds * self.prices[other])
+        self.prices = self._prices()
+
+    def _prices(self) -> list[float]:
+        """A step that was never timed costs as much more as the last draft did; none costs less than a smaller one."""
+        found = [1.0]
+        for k, samples in enumerate(self._samples[1:], 1):
+            if samples:
+                found.append(max(median(samples), found[-1]))
+            else:
+                found.append(GUESSED_PRICE if k == 1 else 2 * found[-1] - found[-2])
+        return found
 
 
 class DraftPolicy:
     """Chooses k for each step of one text, or of one batch.
 
-    experience: is used and added to; None: there is none yet.
+    experience: of this model with such steps; is used and added to.
     """
 
     def __init__(self, experience: Experience) -> None:
         self._experience = experience
         self._acceptance = Acceptance(experience.most, MEMORY, experience.acceptance)
+        self._evaluate()
         # The very first text begins with a draft, which its prompt has left it, and compares that with none.
-        self._home = self._best(self._priced()) if experience.is_priced(1) else 1
+        self._home = self._best(0) if experience.is_priced(1) else 1
         self._now = self._home  # or the k that is probed
         self._steps = 0  # with this k, since the last change
         self._settled = 0  # steps at home since it last changed
@@ -140,6 +153,7 @@ class DraftPolicy:
         for acceptance in (self._acceptance, self._experience.acceptance):
             acceptance.observe(offered, [min(count, offered) for count in accepted])
         self._time(k, seconds)
+        self._evaluate()
         if k != self._now:
             return  # was started before the last change
         self._steps += 1
@@ -147,39 +161,40 @@ class DraftPolicy:
             if self._steps >= PROBE + (self._now > self._home):  # padding shows nothing
                 self._end_probe()
             return
-        self._savings += ALLOWANCE * (1 + fmean(accepted))
+        self._savings += ALLOWANCE * (1 + sum(accepted) / len(accepted))
         self._settled += 1
         if self._steps < PROBE:
             return
-        best = self._best(self._priced())
+        best = self._best(0)
         if self._is_better(best):
             self._move(best)
         elif (target := self._due()) is not None:
             if target > self._home:
                 self._acceptance.doubt(self._home)
+                self._evaluate()
             self._run(target)
 
     # ---- what is known --------------------------------------------------------------------------------
 
-    def _priced(self) -> list[int]:
-        return [k for k in range(self._experience.most + 1) if self._experience.is_priced(k)]
-
-    def _tokens(self, k: int, hope: float = 0.0) -> float:
-        """That a step with k drafts gives. hope: at least so many of the last one count."""
+    def _evaluate(self) -> None:
+        """Tokens that a step with k drafts gives on average, and what it is worth, by k."""
         total = share = 1.0
-        for j, mean in enumerate(self._acceptance.means[:k], 1):
-            share *= max(mean, hope) if j == k else mean
+        self._tokens = [total]
+        for mean in self._acceptance.means:
+            share *= mean
             total += share
-        return total
+            self._tokens.append(total)
+        self._worth = [
+            t / price for t, price in zip(self._tokens, self._experience.prices, strict=True)
+        ]
 
-    def _worth(self, k: int, hope: float = 0.0) -> float:
-        return self._tokens(k, hope) / self._experience.price(k)
-
-    def _best(self, among: Sequence[int]) -> int:
-        return max(among, key=self._worth)
+    def _best(self, least: int) -> int:
+        """Of the k that were timed, from ``least`` on."""
+        timed = [k for k in range(least, len(self._worth)) if self._experience.is_priced(k)]
+        return max(timed, key=self._worth.__getitem__)
 
     def _is_better(self, k: int) -> bool:
-        return self._worth(k) > (1 + MARGIN) * self._worth(self._home)
+        return self._worth[k] > (1 + MARGIN) * self._worth[self._home]
 
     def _time(self, k: int, seconds: float) -> None:
         if k != self._timed:
@@ -196,33 +211,34 @@ class DraftPolicy:
         """The k to probe now, if any."""
         if not self._experience.is_priced(self._home):
             return 0
-        for k in self._candidates():
-            if 0 < self._home < k and k not in self._probed:
-                return k
-            if self._savings >= self._price_of_probe(k) * self._patience.get(k, 1):
-                return k
-            return None  # a dear one is not to wait forever behind cheap ones
-        return None
+        k = self._next_probe()
+        first_try = 0 < self._home < k and k not in self._probed
+        affordable = self._savings >= self._price_of_probe(k) * self._patience.get(k, 1)
+        return k if first_try or affordable else None
 
-    def _candidates(self) -> list[int]:
-        """What could be probed; what was probed last comes last."""
+    def _next_probe(self) -> int:
+        """One more draft where that is promising, and none, taking turns; from none, the best there is."""
         if self._home == 0:
-            return [self._best([k for k in self._priced() if k > 0])]
-        found = [0]
+            return self._best(1)
         up = self._home + 1
-        # Its last draft is at best accepted as often as the one before it.
-        if up <= self._experience.most:
-            hope = self._acceptance.means[self._home - 1]
-            if self._worth(up, hope) > self._worth(self._home):
-                found.insert(0, up)
-        return sorted(found, key=lambda k: self._probed.index(k) if k in self._probed else -1)
+        if up > self._experience.most or self._hope() <= self._worth[self._home]:
+            return 0
+        return min((up, 0), key=lambda k: self._probed.index(k) if k in self._probed else -1)
+
+    def _hope(self) -> float:
+        """What one more draft than now would be worth if it counted as often as the one before it."""
+        means, now = self._acceptance.means, self._home
+        share = self._tokens[now] - self._tokens[now - 1]
+        tokens = self._tokens[now] + share * max(means[now - 1 : now + 1])
+        return tokens / self._experience.prices[now + 1]
 
     def _price_of_probe(self, k: int) -> float:
         """Tokens lost to it if it tries more drafts and none of them counts, the way back included."""
-        kept = self._tokens(min(k, self._home))
-        lost = self._experience.price(k) * self._worth(self._home) - kept
+        kept = self._tokens[min(k, self._home)]
+        price = self._experience.price_to_try(k) if k else 1.0
+        lost = price * self._worth[self._home] - kept
         steps = PROBE + (k > self._home)
-        back = self._tokens(self._home) - kept  # drafts that weren't made
+        back = self._tokens[self._home] - kept  # drafts that weren't made
         return max(0.0, steps * lost) + back
 
     def _run(self, k: int) -> None:
