@@ -228,6 +228,18 @@ def test_a_step_may_fill_the_capacity_to_the_last_position(model):
         assert decoded.tokens >= 6 * batch
 
 
+def test_auto_is_for_verify_and_what_its_steps_read_is_counted(model):
+    jobs = jobs_of(model, drafts="auto")
+    assert [job.contender.drafts for job in jobs] == [0, "auto", 1]
+    system = Ours(jobs[1])
+    decoded = system.decode(60)
+    module_bytes = system._model.packed.module_bytes
+    drafts = (decoded.step_bytes - system.standard_step_bytes) / module_bytes  # on average
+    assert 0 < drafts <= 4
+    accepted = decoded.acceptance_rate * drafts * decoded.steps
+    assert decoded.tokens == round(decoded.steps + accepted)
+
+
 def test_sequences_differ_and_go_around_the_story(model):
     (job,) = jobs_of(model, modes=["standard"], batches=[3])
     assert [len(ids) for ids in job.sequences] == [5, 6, 7]
@@ -357,6 +369,8 @@ def test_the_limit_is_that_of_the_bytes():
     assert limit_fraction(result("verify", 45.0, 0.5), [standard]) == pytest.approx(45 / 60)
     assert limit_fraction(result("alternate", 75.0, 1.0, 2), [standard]) == pytest.approx(75 / 100)
     assert limit_fraction(standard, [standard]) is None
+    auto = result("verify", 45.0, 0.5) | {"drafts": "auto"}
+    assert limit_fraction(auto, [standard]) is None
     assert limit_fraction(result("verify", 45.0, 0.5, threads=1), [standard]) is None
 
 

@@ -90,8 +90,7 @@ class Emulated:
         self.model = decoder.model
         self.base_cache = decoder.base_cache.clone()
         self.module_cache = decoder.module_cache.clone()
-        self.pending, self.lengths = decoder.pending.clone(), decoder.lengths.clone()
-        self.draft_probs = decoder.draft_probs.clone()
+        self.lengths = decoder.lengths.clone()
         temperature, top_k, top_p, self.seeds = decoder._sampling
         model = decoder.model
         self.state = State(
@@ -100,28 +99,33 @@ class Emulated:
             weights=model.weights.data_ptr(),
             weights_bytes=model.weights.numel(),
             batch=decoder.batch,
-            drafts=decoder.drafts,
-            mode=MODES[decoder.mode],
             cache_type=CACHE_TYPES[self.base_cache.dtype],
             base_cache=self.base_cache.data_ptr(),
             base_capacity=self.base_cache.shape[4],
             module_cache=self.module_cache.data_ptr(),
-            module_capacity=self.module_cache.shape[4] if decoder.drafts else 0,
-            pending=self.pending.data_ptr(),
+            module_capacity=self.module_cache.shape[4] if len(self.module_cache) else 0,
             lengths=self.lengths.data_ptr(),
-            draft_probs=self.draft_probs.data_ptr(),
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
             seeds=self.seeds.data_ptr(),
         )
-        size = library.emulated_scratch_bytes(ctypes.byref(self.state))
+        self.take_pending(decoder)
+
+    def take_pending(self, decoder: Decoder) -> None:
+        """As many drafts as the decoder has now."""
+        self.pending, self.draft_probs = decoder.pending.clone(), decoder.draft_probs.clone()
+        self.state.drafts = decoder.drafts
+        self.state.mode = MODES[decoder.mode if decoder.drafts else "standard"]
+        self.state.pending = self.pending.data_ptr()
+        self.state.draft_probs = self.draft_probs.data_ptr()
+        size = self.library.emulated_scratch_bytes(ctypes.byref(self.state))
         # Full of NaN: what a kernel reads it must have been given.
         self.scratch = torch.full((size,), 255, dtype=torch.uint8)
         self.state.scratch = self.scratch.data_ptr()
 
     def step(self, first_of: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, counts = torch.empty_like(self.pending), torch.empty_like(self.lengths)
+        tokens, counts = torch.empty_like(self.pending), torch.empty_like(self.lengths[0])
         wrong = self.library.emulated_decode_step(
             ctypes.byref(self.state),
             ctypes.c_int64(first_of),
@@ -132,11 +136,17 @@ class Emulated:
         return tokens, counts
 
 
-def compare(library, decoder, steps) -> int:
-    """The CPU's kernels and the emulated ones side by side; returns how many drafts counted."""
+def compare(library, decoder, steps, changes=()) -> int:
+    """The CPU's kernels and the emulated ones side by side; returns how many drafts counted.
+
+    changes: drafts before each step, in turn.
+    """
     emulated = Emulated(library, decoder)
     accepted = 0
-    for _ in range(steps):
+    for step in range(steps):
+        if changes:
+            decoder.set_drafts(changes[step % len(changes)])
+            emulated.take_pending(decoder)
         tokens, counts = decoder.step()
         ours = emulated.step()
         assert torch.equal(ours[0], tokens)
@@ -144,7 +154,7 @@ def compare(library, decoder, steps) -> int:
         assert torch.equal(emulated.pending, decoder.pending)
         assert torch.equal(emulated.lengths, decoder.lengths)
         accepted += int((counts - 1).clamp_min(0).sum())
-    for b, length in enumerate(decoder.lengths.tolist()):
+    for b, length in enumerate(decoder.lengths[0].tolist()):
         torch.testing.assert_close(
             emulated.base_cache[:, :, b, :, :length].float(),
             decoder.base_cache[:, :, b, :, :length].float(),
@@ -298,6 +308,22 @@ def test_sampled_steps_draw_what_the_cpu_draws(
     compare(library, decoder, 8)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize("kind", ["MTP: first embedding zero", "draft vocabulary"])
+def test_steps_of_different_widths(tmp_path, library, kind, temperature):
+    base = write_base(tmp_path / "base", n_layers=1)
+    module = write_module(tmp_path / "module", base, like_base=True, **MODULES[kind])
+    decoder = decoder_of(
+        pack_model(base, module, "f32"),
+        "verify",
+        4,
+        torch.float32,
+        [PROMPT, [], [7] * 70],
+        temperature=temperature,
+    )
+    assert compare(library, decoder, 11, [3, 1, 0, 0, 4, 4, 2, 0, 1, 1, 3]) > 0
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "q8"])
 @pytest.mark.parametrize("drafts", [1, 2, 4])
 def test_verify_writes_the_bits_of_standard(tmp_path, library, dtype, drafts):
@@ -323,23 +349,26 @@ def test_a_logit_that_is_no_number_is_reported_and_the_state_stays(tmp_path, lib
     packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
     emulated = Emulated(library, decoder_of(packed, "verify", 2, prompts=[PROMPT, PROMPT]))
     emulated.base_cache[0, 1, 0, 0, 2] = float("nan")
-    before = emulated.pending[0].clone(), int(emulated.lengths[0])
+    before = emulated.pending[0].clone(), emulated.lengths[:, 0].clone()
     tokens, counts = emulated.step()
     assert counts[0] == -1
     assert counts[1] > 0
     assert tokens[0].tolist() == [-1] * 3
     assert torch.equal(emulated.pending[0], before[0])
-    assert emulated.lengths[0] == before[1]
+    assert torch.equal(emulated.lengths[:, 0], before[1])
 
 
-@pytest.mark.parametrize(("length", "pending"), [(399, None), (-1, None), (None, 101), (None, -5)])
-def test_lengths_and_tokens_out_of_range_touch_nothing(tmp_path, library, length, pending):
+@pytest.mark.parametrize(
+    ("lengths", "pending"),
+    [((404, 6), None), ((-1, -1), None), ((6, 7), None), ((6, -1), None), (None, 101), (None, -5)],
+)
+def test_lengths_and_tokens_out_of_range_touch_nothing(tmp_path, library, lengths, pending):
     """The host can't look at them without waiting for the GPU, so the kernels do."""
     base = write_base(tmp_path / "base")
     packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
     emulated = Emulated(library, decoder_of(packed, "verify", 2, prompts=[PROMPT, PROMPT]))
-    if length is not None:
-        emulated.lengths[0] = length + 5 if length > 0 else length
+    if lengths is not None:
+        emulated.lengths[:, 0] = torch.tensor(lengths)
     if pending is not None:
         emulated.pending[0, 1] = pending
     caches = emulated.base_cache[:, :, 0].clone(), emulated.module_cache[:, :, 0].clone()
@@ -366,7 +395,8 @@ def test_the_last_token_of_a_prompt(tmp_path, library, mode, drafts, temperature
     emulated = Emulated(library, decoder)
     emulated.pending[1] = 0
     emulated.pending[1, 0] = PROMPT[-1]
-    emulated.lengths[1] = len(PROMPT) - 1
+    emulated.lengths[0, 1] = len(PROMPT) - 1
+    emulated.lengths[1, 1] = len(PROMPT) - 1 if decoder.drafts else 0
     tokens, counts = emulated.step(first_of=1)
     assert counts.tolist() == [0, 1]
     assert tokens[1, 0] == decoder.pending[1, 0]

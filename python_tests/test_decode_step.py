@@ -8,6 +8,7 @@ from models import ARCHITECTURES, reference_base, reference_module, write_base, 
 
 from recycle_ext.decoder import Decoder
 from recycle_ext.packing import pack_model
+from recycle_ext.reference import KvCache
 from recycle_ext.reference_ops import ReferenceDecoder
 
 PROMPT = [5, 17, 3, 99, 42, 7]
@@ -22,8 +23,13 @@ MODULES = {
 }
 
 
-def compare(base, module, mode, drafts, **sampling):
-    """Both decoders side by side; returns how many drafts counted."""
+def lengths_of(reference) -> list[int]:
+    """Of the base's cache and the module's."""
+    return [reference.base_cache.length, reference.module_cache.length]
+
+
+def compare(base, module, mode, drafts, changes=(), **sampling):
+    """Both decoders side by side; returns how many drafts counted. changes: drafts before each step, in turn."""
     ours = Decoder(
         pack_model(base, module, "f32"),
         mode,
@@ -44,13 +50,16 @@ def compare(base, module, mode, drafts, **sampling):
     )
     assert ours.prefill(PROMPT) == reference.prefill(PROMPT)
     accepted = 0
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        if changes:
+            ours.set_drafts(changes[step % len(changes)])
+            reference.set_drafts(changes[step % len(changes)])
         tokens, counts = ours.step()
         expected = reference.step()
         assert tokens[0].tolist() == expected + [-1] * (ours.drafts + 1 - len(expected))
         assert counts.tolist() == [len(expected)]
         assert ours.pending[0].tolist() == reference.pending
-        assert ours.lengths.tolist() == [reference.base_cache.length]
+        assert ours.lengths[:, 0].tolist() == lengths_of(reference)
         accepted += len(expected) - 1
     return accepted
 
@@ -69,6 +78,68 @@ def test_every_kind_of_module(tmp_path, kind, mode, drafts):
     base = write_base(tmp_path / "base", "qwen3")
     module = write_module(tmp_path / "module", base, **MODULES[kind])
     compare(base, module, mode, drafts)
+
+
+CHANGES = [3, 1, 0, 0, 4, 4, 2, 0, 1, 1, 3]  # up and down, from and to none, by one and by more
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_steps_of_different_widths(tmp_path, isa, kind, temperature):
+    base = write_base(tmp_path / "base", n_layers=1)
+    good = MODULES[kind].get("norms", True)
+    module = write_module(tmp_path / "module", base, like_base=good, **MODULES[kind])
+    accepted = compare(base, module, "verify", 4, CHANGES, temperature=temperature, seed=7)
+    assert accepted > 0 or not good
+
+
+@pytest.mark.parametrize("zero_first_embedding", [False, True])
+def test_after_standard_steps_the_module_reads_on_as_if_they_were_not_there(
+    tmp_path, isa, zero_first_embedding
+):
+    base = write_base(tmp_path / "base")
+    module = write_module(tmp_path / "module", base, zero_first_embedding=zero_first_embedding)
+    packed = pack_model(base, module, "f32")
+    decoder = Decoder(packed, "verify", 3, capacity=100, cache_dtype=torch.float32)
+    text, read = [*PROMPT, decoder.prefill(PROMPT)], list(range(len(PROMPT)))
+    for drafts in (3, 0, 0, 0, 1, 2, 0, 0, 3):
+        decoder.set_drafts(drafts)
+        tokens, counts = decoder.step()
+        if drafts:
+            read += range(len(text) - 1, len(text) - 1 + int(counts[0]))
+        text += tokens[0, : counts[0]].tolist()
+    assert decoder.lengths[:, 0].tolist() == [len(text) - 1, len(read)]
+
+    reference, cache = reference_base(base), KvCache()
+    with torch.no_grad():
+        hidden = reference(torch.tensor([text]))[:, read]
+        following = reference.model.embed_tokens(torch.tensor([text])[:, [i + 1 for i in read]])
+        reference_module(module)(following, hidden, cache)
+    for kv, exact in enumerate(cache.held(0)):
+        given = decoder.module_cache[0, kv, 0, :, : len(read)]
+        torch.testing.assert_close(given.double(), exact[0], rtol=0, atol=2e-5)
+
+
+def test_a_module_that_has_read_nothing_can_still_draft(tmp_path):
+    """A prompt read in standard mode, through the ops: the module begins with what comes after it."""
+    base = write_base(tmp_path / "base")
+    module = write_module(tmp_path / "module", base)
+    packed = pack_model(base, module, "f32")
+    standard = Decoder(packed, "standard", capacity=100)
+    verify = Decoder(packed, "verify", 2, capacity=100)
+    standard.prefill(PROMPT)
+    verify.prefill([9, 9, 9])
+    verify.set_drafts(0)
+    torch.ops.recycle.prefill(*verify.arguments(), 0, torch.tensor(PROMPT))
+    assert verify.lengths.tolist() == [[len(PROMPT)], [0]]
+    verify.set_drafts(2)
+    expected = [int(standard.step()[0]) for _ in range(12)]
+    given = []
+    while len(given) < 12:
+        tokens, counts = verify.step()
+        given += tokens[0, : counts[0]].tolist()
+    assert given[:12] == expected
+    assert verify.lengths[:, 0].tolist() == [len(PROMPT) + len(given), len(given)]
 
 
 @pytest.mark.parametrize("drafts", [1, 3])
@@ -116,7 +187,7 @@ def test_an_idle_sequence_is_left_alone(tmp_path):
     tokens, counts = decoder.step()
     assert counts.tolist() == [0, 1]
     assert tokens[0].tolist() == [-1]
-    assert decoder.lengths.tolist() == [0, len(PROMPT) + 1]
+    assert decoder.lengths.tolist() == [[0, len(PROMPT) + 1], [0, 0]]
 
 
 def test_numbers_that_are_none_are_reported_and_the_state_stays(tmp_path):

@@ -85,6 +85,19 @@ def test_the_three_modes():
     assert alternate["acceptance_rate"] == 1
 
 
+def test_drafts_as_it_pays():
+    auto, standard = (
+        as_json(PROMPT, *options, "--max-new-tokens", 60)
+        for options in (("--drafts", "auto"), ("--mode", "standard"))
+    )
+    assert auto["drafts"] == "auto"
+    assert auto["mode"] == "verify"
+    assert auto["token_ids"] == standard["token_ids"]
+    assert auto["steps"] <= standard["steps"] == 59
+    assert 0 <= auto["acceptance_rate"] <= 1
+    assert auto["gigabytes_per_second"] > 0
+
+
 def test_stats_go_to_standard_error():
     done = command(PROMPT, "--max-new-tokens", 10, "--stats")
     for word in ("prefill", "decode", "acceptance", "base steps", "GB/s", "tokens/s"):
@@ -137,7 +150,8 @@ def test_output_into_a_pipe_that_closes():
     [
         (["x", "--model", "nowhere.gguf"], "nowhere.gguf: no such file"),
         (["x", "--module", "nowhere"], "nowhere: no such directory"),
-        (["x", "--drafts", "9"], "drafts is 9; it must be 1 to 4"),
+        (["x", "--drafts", "9"], "drafts is 9; it must be 1 to 4, or auto"),
+        (["x", "--drafts", "auto", "--mode", "alternate"], "'auto', which mode 'alternate' can't"),
         (["x", "--threads", "0"], "threads is 0; it must be 1 to 256"),
         (["x", "--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["x", "--temperature", "-1"], "temperature is -1"),

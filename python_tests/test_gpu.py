@@ -185,6 +185,35 @@ def test_verify_writes_the_bits_of_standard(tmp_path, dtype, drafts):
     assert torch.equal(standard.base_cache[:, :, 0, :, :rows], verify.base_cache[:, :, 1, :, :rows])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_steps_of_different_widths(tmp_path, temperature):
+    base = write_base(tmp_path / "base", n_layers=1)
+    module = write_module(tmp_path / "module", base, like_base=True, draft_vocab_size=37)
+    packed = pack_model(base, module, "f32")
+    prompts = [PROMPT, [], [7] * 70]
+    decoders = both(packed, "verify", 4, prompts=prompts, temperature=temperature)
+    accepted = 0
+    for drafts in [3, 1, 0, 0, 4, 4, 2, 0, 1, 1, 3] * 2:
+        for decoder in decoders:
+            decoder.set_drafts(drafts)
+        accepted += compare(*decoders, 1)
+    assert accepted > 0
+
+
+def test_auto_writes_what_standard_writes_and_times_its_steps(tmp_path):
+    base = write_base(tmp_path / "base", n_layers=1)
+    module = write_module(tmp_path / "module", base, like_base=True)
+    packed = pack_model(base, module, "f32").to(CUDA)
+    auto, standard = (
+        Decoder(packed, mode, drafts, capacity=400, cache_dtype=torch.float32)
+        for mode, drafts in (("verify", "auto"), ("standard", 1))
+    )
+    assert list(auto.stream(PROMPT)) == list(standard.stream(PROMPT))
+    (experience,) = packed.experience.values()
+    assert experience.is_priced(1)
+    assert all(0 < graph.seconds < 1 for graph in auto._graphs.values())
+
+
 def test_the_next_step_starts_before_one_is_read(tmp_path):
     base = write_base(tmp_path / "base")
     packed = pack_model(base, write_module(tmp_path / "module", base), "bf16").to(CUDA)

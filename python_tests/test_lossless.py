@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,14 +32,20 @@ def model(architecture: str, seed: int, dtype: str, draft_vocab: int) -> PackedM
     return pack_model(base, module, dtype)
 
 
-def decode(packed, mode, drafts, prompts, cache_dtype) -> tuple[list[list[int]], int]:
-    """All prompts as one batch; the tokens of each, and how many drafts counted."""
+def decode(packed, mode, drafts, prompts, cache_dtype, changes=()) -> tuple[list[list[int]], int]:
+    """All prompts as one batch; the tokens of each, and how many drafts counted.
+
+    changes: drafts before each step, in turn.
+    """
+    changes = itertools.cycle(changes)
     decoder = Decoder(
         packed, mode, drafts, batch=len(prompts), capacity=100, cache_dtype=cache_dtype
     )
     out = [[decoder.prefill(prompt, b)] for b, prompt in enumerate(prompts)]
     accepted = 0
     while any(len(tokens) < NEW_TOKENS for tokens in out):
+        if (changed := next(changes, None)) is not None:
+            decoder.set_drafts(changed)
         tokens, counts = decoder.step()
         for b, count in enumerate(counts.tolist()):
             out[b] += tokens[b, :count].tolist()
@@ -68,6 +76,31 @@ def test_verify_is_standard(
     expected = [decode(packed, "standard", 1, [prompt], cache_dtype)[0][0] for prompt in prompts]
     _C.set_n_threads(threads[1])
     given, _ = decode(packed, "verify", drafts, prompts, cache_dtype)
+    assert given == expected
+
+
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 5),
+    dtype=st.sampled_from(list(DTYPES)),
+    draft_vocab=st.sampled_from([0, 50]),
+    prompts=st.lists(
+        st.lists(st.integers(0, 100), min_size=1, max_size=30), min_size=1, max_size=3
+    ),
+    changes=st.lists(st.integers(0, 4), min_size=1, max_size=20),
+    cache_dtype=st.sampled_from(list(CACHE_DTYPES.values())),
+)
+@pytest.mark.parametrize("name", _C.runnable_isas())
+def test_so_it_is_when_the_number_of_drafts_changes(
+    name, seed, dtype, draft_vocab, prompts, changes, cache_dtype
+):
+    packed = model("llama", seed, dtype, draft_vocab)
+    _C.force_isa(name)
+    try:
+        expected = [decode(packed, "standard", 1, [p], cache_dtype)[0][0] for p in prompts]
+        given, _ = decode(packed, "verify", 4, prompts, cache_dtype, changes)
+    finally:
+        _C.force_isa(None)
     assert given == expected
 
 

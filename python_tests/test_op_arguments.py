@@ -67,9 +67,11 @@ def test_good_arguments_work(step):
         ("pending", lambda t: t[:, :1].contiguous(), r"\[2, 1\]; it must be .* with 1 to 4 drafts"),
         ("pending", lambda t: t.repeat(1, 2), r"pending has shape \[2, 6\]"),
         ("pending", lambda t: t + 100, r"pending\[0\]\[\d\] is \d+; token ids are 0 to 100"),
-        ("lengths", lambda t: t[:1], r"lengths has shape \[1\]; it must be \[2\]"),
-        ("lengths", lambda t: t + 28, r"lengths\[0\] is 31 and a step needs 4 more positions"),
-        ("lengths", lambda t: t - 5, r"lengths\[0\] is -2"),
+        ("lengths", lambda t: t[0], r"lengths has shape \[2\]; it must be \[2, 2\]"),
+        ("lengths", lambda t: t + 28, r"lengths\[0\]\[0\] is 31 and a step needs 4 more positions"),
+        ("lengths", lambda t: t - 5, r"lengths\[0\]\[0\] is -2"),
+        ("lengths", lambda t: t + torch.tensor([[0], [1]]), r"lengths\[1\]\[0\] is 4; .* 0 to 3"),
+        ("lengths", lambda t: t * torch.tensor([[1], [-1]]), r"lengths\[1\]\[0\] is -3; .* 0 to 3"),
         ("scratch", lambda t: t[:100], "scratch has 100 bytes; it needs"),
         ("scratch", lambda t: t[1:], "scratch"),
         ("decode_mode", lambda _: 3, "decode_mode is 3; it must be 0 .* 1 .* or 2"),
@@ -199,7 +201,12 @@ def test_recycle_head_names_the_wrong_argument(change, message):
     ("arguments", "message"),
     [
         ({"mode": "fast"}, "mode is 'fast'; it must be one of standard, verify, alternate"),
-        ({"drafts": 5}, "drafts is 5; it must be 1 to 4"),
+        ({"drafts": 5}, "drafts is 5; it must be 1 to 4, or auto"),
+        ({"drafts": "many"}, "drafts is 'many'; it must be 1 to 4, or auto"),
+        (
+            {"drafts": "auto", "mode": "alternate"},
+            "'auto', which mode 'alternate' can't have: there all",
+        ),
         ({"capacity": 10**6}, "capacity is 1000000; this model's context has 1 to 512"),
         ({"mode": "standard", "batch": 2, "seeds": [1]}, "batch is 2 and there are 1 seeds"),
     ],
@@ -207,6 +214,13 @@ def test_recycle_head_names_the_wrong_argument(change, message):
 def test_the_decoder_names_the_wrong_argument(packed, arguments, message):
     with pytest.raises(RecycleError, match=message):
         Decoder(packed, **arguments)
+
+
+def test_a_change_of_drafts_that_cannot_be_is_refused(packed):
+    with pytest.raises(RecycleError, match="drafts is 3; it must be 0 to 2"):
+        Decoder(packed, "verify", 2).set_drafts(3)
+    with pytest.raises(RecycleError, match="mode is 'alternate'; drafts can be changed in verify"):
+        Decoder(packed, "alternate", 2).set_drafts(1)
 
 
 def test_a_mode_that_needs_a_module_says_so(tmp_path):

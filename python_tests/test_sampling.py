@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -33,8 +34,9 @@ def exact_distribution(base, temperature, top_k, top_p) -> torch.Tensor:
     return torch.tensor(weights, dtype=torch.float64)
 
 
-def sample(packed, mode, drafts, temperature, top_k, top_p) -> torch.Tensor:
-    """How often each sequence of TOKENS tokens came up."""
+def sample(packed, mode, drafts, temperature, top_k, top_p, changing=False) -> torch.Tensor:
+    """How often each sequence of TOKENS tokens came up. changing: each step has 0 to ``drafts``, by chance."""
+    chance = random.Random(0)
     counts = torch.zeros(VOCAB**TOKENS, dtype=torch.int64)
     place = VOCAB ** torch.arange(TOKENS - 1, -1, -1)
     for round_ in range(ROUNDS):
@@ -51,6 +53,8 @@ def sample(packed, mode, drafts, temperature, top_k, top_p) -> torch.Tensor:
         )
         rows = [[decoder.prefill(PROMPT, b)] for b in range(BATCH)]
         while min(map(len, rows)) < TOKENS:
+            if changing:
+                decoder.set_drafts(chance.randint(0, drafts))
             tokens, grown = decoder.step()
             for b in range(BATCH):
                 rows[b] += tokens[b, : grown[b]].tolist()
@@ -98,6 +102,14 @@ def test_verify_samples_the_base_distribution(tiny, mode, drafts, temperature, t
     base, packed = tiny
     probs = exact_distribution(base, temperature, top_k, top_p)
     counts = sample(packed, mode, drafts, temperature, top_k, top_p)
+    assert p_value(counts, probs) > ERROR_LEVEL
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.5, 0.85)])
+def test_so_it_does_when_the_number_of_drafts_changes(tiny, temperature, top_p):
+    base, packed = tiny
+    probs = exact_distribution(base, temperature, 0, top_p)
+    counts = sample(packed, "verify", 3, temperature, 0, top_p, changing=True)
     assert p_value(counts, probs) > ERROR_LEVEL
 
 

@@ -9,13 +9,21 @@ import sys
 from collections.abc import Sequence
 
 from recycle_ext.bandwidth import read_bandwidth
-from recycle_ext.decoder import MODES
+from recycle_ext.decoder import AUTO, MODES
 from recycle_ext.errors import RecycleError
 from recycle_ext.generation import Generation, Statistics, generate, load
 from recycle_ext.kv_cache import CACHE_DTYPES
 from recycle_ext.packing import DTYPES
 
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+
+
+def number_of_drafts(text: str) -> int | str:
+    """What --drafts may be, for argparse; whether there can be so many is the decoder's to say."""
+    try:
+        return AUTO if text == AUTO else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {AUTO}") from None
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,10 +50,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument(
         "--drafts",
-        type=int,
+        type=number_of_drafts,
         default=1,
         metavar="K",
-        help="tokens the module guesses a step, 1 to 4",
+        help="tokens the module guesses a step, 1 to 4 (default: 1), or auto: 0 to 4 as it pays, in verify mode; "
+        "with a temperature a seed then no longer repeats its text",
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
@@ -91,7 +100,7 @@ def figures(statistics: Statistics, read_bandwidth: float) -> str:
     if s.acceptance_rate is not None:
         saved = s.decoded_tokens - s.steps
         lines += [
-            f"acceptance  {s.acceptance_rate:6.1%} of {s.steps * s.drafts} drafts",
+            f"acceptance  {s.acceptance_rate:6.1%} of {s.offered_drafts} drafts",
             f"base steps  {s.steps:6d} for {s.decoded_tokens} tokens: {saved} saved",
         ]
     share = s.gigabytes_per_second * 1e9 / read_bandwidth

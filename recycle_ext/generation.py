@@ -12,7 +12,7 @@ import torch
 
 from recycle_ext import _C
 from recycle_ext.checkpoint import Checkpoint, open_checkpoint
-from recycle_ext.decoder import Decoder
+from recycle_ext.decoder import AUTO, Decoder
 from recycle_ext.errors import RecycleError
 from recycle_ext.kv_cache import CACHE_DTYPES
 from recycle_ext.module_checkpoint import default_module, open_module
@@ -84,21 +84,21 @@ class Statistics:
     """What a generation took. Times in seconds, by the wall clock."""
 
     mode: str
-    drafts: int
+    drafts: int | str  # a step, or "auto"
     prompt_tokens: int
     new_tokens: int = 0
     steps: int = 0
+    offered_drafts: int = 0  # to the base model, in all steps
     accepted_drafts: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     weight_bytes: int = 0  # in memory
-    step_bytes: int = 0  # of weights, read by one decode step
+    read_bytes: int = 0  # of weights, by all decode steps
 
     @property
     def acceptance_rate(self) -> float | None:
         """Share of the drafts that counted; None without drafts."""
-        offered = self.steps * self.drafts
-        return self.accepted_drafts / offered if offered else None
+        return self.accepted_drafts / self.offered_drafts if self.offered_drafts else None
 
     @property
     def decoded_tokens(self) -> int:
@@ -115,7 +115,7 @@ class Statistics:
         """Weights read by the decode steps per second, in 10^9 bytes."""
         if not self.decode_seconds:
             return 0.0
-        return self.steps * self.step_bytes / self.decode_seconds / 1e9
+        return self.read_bytes / self.decode_seconds / 1e9
 
     def as_dict(self) -> dict:
         """All of the above."""
@@ -135,10 +135,9 @@ class Generation(Iterator[str]):
         self.token_ids: list[int] = []
         self.statistics = Statistics(
             mode=decoder.mode,
-            drafts=decoder.drafts,
+            drafts=decoder.drafts if decoder.policy is None else AUTO,
             prompt_tokens=len(prompt),
             weight_bytes=model.packed.weights.numel(),
-            step_bytes=model.packed.step_bytes(decoder.drafts),
         )
         self._model = model
         self._decoder = decoder
@@ -185,8 +184,10 @@ class Generation(Iterator[str]):
                 start = time.perf_counter()
                 tokens, counts = next(steps)
                 statistics.decode_seconds += time.perf_counter() - start
-                count = int(counts[0])
+                count, drafts = int(counts[0]), tokens.shape[1] - 1
                 statistics.steps += 1
+                statistics.offered_drafts += drafts
+                statistics.read_bytes += self._model.packed.step_bytes(drafts)
                 statistics.accepted_drafts += count - 1
                 yield tokens[0, :count].tolist()
         except RuntimeError as error:
@@ -198,7 +199,7 @@ def generate(
     prompt: str | Sequence[int],
     *,
     mode: str | None = None,
-    drafts: int = 1,
+    drafts: int | str = 1,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -211,7 +212,10 @@ def generate(
 
     prompt: text, or token ids. mode: "standard" (the base model alone), "verify" (two tokens a step where
     the module guessed right; the text is the base model's own) or "alternate" (the module's tokens
-    always count); None: verify if the model has a module. drafts: tokens the module guesses a step, 1 to 4.
+    always count); None: verify if the model has a module. drafts: tokens the module guesses a step, 1 to 4, or
+    in verify mode "auto": 0 to 4, chosen for each step by what counts and what steps cost; what one generation
+    measures the next one knows. With a temperature above 0 "auto" still draws from the base model's distribution,
+    but what a seed gives then depends on timing.
     temperature 0 takes the most likely token; top_k 0 and top_p 1 cut nothing. chat: the prompt is a
     user's message, put in the model's chat template. cache_dtype: of keys and values, "f32", "bf16" or "q8"
     (half the bytes of bf16, a little less exact); None: f32 for a float32 model, else bf16. Ends at the model's end tokens, after

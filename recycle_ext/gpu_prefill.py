@@ -324,7 +324,8 @@ def prefill(
     fill_caches(parsed, base_cache, module_cache if drafts else None, sequence, on_gpu)
     pending[sequence] = 0
     pending[sequence, 0] = on_gpu[-1]
-    lengths[sequence] = len(prompt) - 1
+    lengths[0, sequence] = len(prompt) - 1
+    lengths[1, sequence] = len(prompt) - 1 if drafts else 0
     _, counts = torch.ops.recycle.finish_prefill(
         weights,
         plan,
@@ -343,7 +344,7 @@ def prefill(
     )
     if int(counts[sequence]) < 0:
         pending[sequence] = -1
-        lengths[sequence] = 0
+        lengths[:, sequence] = 0
         raise RuntimeError(
             f"prefill: a logit is NaN or infinite (sequence {sequence}, position {len(prompt) - 1})"
         )

@@ -25,8 +25,10 @@ class GraphedStep:
             stream = torch.cuda.Stream(self._device)
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._results = torch.ops.recycle.decode_step(*arguments)
-        # Results of steps that were started and not read yet, oldest first; buffers take turns.
-        self._under_way: list[tuple[tuple[Tensor, ...], torch.cuda.Event]] = []
+        # Results of steps that were started and not read yet, oldest first, and the events before and after;
+        # buffers take turns.
+        self._under_way: list[tuple[tuple[Tensor, ...], torch.cuda.Event, torch.cuda.Event]] = []
+        self.seconds = 0.0  # that the GPU took for the step read last
         self._free = [
             tuple(
                 torch.empty(r.shape, dtype=r.dtype, device="cpu", pin_memory=True)
@@ -48,17 +50,19 @@ class GraphedStep:
         """Starts a step, and returns."""
         buffers = self._free.pop()
         with torch.cuda.device(self._device):
+            begun, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
             self.replay()
             for buffer, result in zip(buffers, self._results, strict=True):
                 buffer.copy_(result, non_blocking=True)
-            done = torch.cuda.Event()
             done.record()
-        self._under_way.append((buffers, done))
+        self._under_way.append((buffers, begun, done))
 
     def read(self) -> tuple[Tensor, Tensor]:
         """tokens and counts of the oldest step that was started, on the CPU; waits for it."""
-        buffers, done = self._under_way.pop(0)
+        buffers, begun, done = self._under_way.pop(0)
         done.synchronize()
+        self.seconds = begun.elapsed_time(done) / 1e3
         tokens, counts = (buffer.clone() for buffer in buffers)
         self._free.append(buffers)
         return tokens, counts
@@ -66,13 +70,13 @@ class GraphedStep:
     def forget(self, sequence: int) -> None:
         """Steps that were started give this sequence nothing; those that then give none are dropped."""
         kept = []
-        for buffers, done in self._under_way:
+        for buffers, begun, done in self._under_way:
             done.synchronize()
             tokens, counts = buffers
             tokens[sequence] = -1
             counts[sequence] = 0
             if counts.any():
-                kept.append((buffers, done))
+                kept.append((buffers, begun, done))
             else:
                 self._free.append(buffers)
         self._under_way = kept

@@ -25,7 +25,7 @@ if HAS_CUDA_OPS:
 
     @torch.library.register_fake("recycle::finish_prefill")
     def _(weights, plan, base_cache, module_cache, pending, lengths, *rest) -> tuple:
-        return torch.empty_like(pending), torch.empty_like(lengths)
+        return torch.empty_like(pending), lengths.new_empty(pending.shape[0])
 
 
 def check_device(device: str | torch.device) -> torch.device:
@@ -69,7 +69,7 @@ def _(
 
 @torch.library.register_fake("recycle::decode_step")
 def _(weights, plan, base_cache, module_cache, pending, lengths, *rest) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(pending), torch.empty_like(lengths)
+    return torch.empty_like(pending), lengths.new_empty(pending.shape[0])
 
 
 @torch.library.register_fake("recycle::prefill")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +24,7 @@ from recycle_ext.tensor_source import BLOCKS, FLOAT_DTYPES, TensorSource
 
 if TYPE_CHECKING:
     from recycle_ext.checkpoint import Checkpoint
+    from recycle_ext.draft_policy import Experience
     from recycle_ext.module_checkpoint import ModuleCheckpoint
 
 # Weight formats by their number in csrc/include/recycle/format.h.
@@ -57,6 +58,8 @@ class PackedModel:
     head_bytes: int
     module_bytes: int
     formats: str  # for humans: "q4_1, q8_0"
+    # What the decoders of this model have learnt for drafts="auto", by what their steps have in common.
+    experience: dict[tuple, Experience] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def draft_vocab_size(self) -> int:
@@ -69,7 +72,7 @@ class PackedModel:
         """The same with its weights on a device; the plan, which calls read, stays with the CPU."""
         if self.weights.device == device:
             return self
-        return dataclasses.replace(self, weights=self.weights.to(device))
+        return dataclasses.replace(self, weights=self.weights.to(device), experience={})
 
     def step_bytes(self, drafts: int) -> int:
         """Bytes of weights that one decode step reads: every matrix once, the module once a draft."""

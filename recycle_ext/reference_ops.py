@@ -156,6 +156,16 @@ class ReferenceDecoder:
         self.pending: list[int] = []
         self.draft_probs: list[Tensor] = []
 
+    def set_drafts(self, drafts: int) -> None:
+        """Verify mode only; as Decoder.set_drafts. 0: the module is left out, and knows nothing of those steps."""
+        vocab_size = self.base.config.vocab_size
+        padding = 0 if self.draft_vocab is None else int(self.draft_vocab[0])
+        sure = F.one_hot(torch.tensor(padding), vocab_size).to(self.base.lm_head.weight.dtype)
+        missing = max(drafts - self.k, 0)
+        self.pending = self.pending[: drafts + 1] + [padding] * missing
+        self.draft_probs = self.draft_probs[:drafts] + [sure] * missing
+        self.k = drafts
+
     def _pick(self, logits: Tensor, position: int, stream: Stream) -> tuple[int, Tensor | None]:
         if self.sampling[0] == 0:
             return int(logits.argmax()), None
@@ -200,7 +210,10 @@ class ReferenceDecoder:
     def _draft(self, hidden: Tensor, following: list[int]) -> None:
         """The module over confirmed rows and the tokens after them; its guesses become the drafts."""
         self.pending, self.draft_probs = [following[-1]], []
+        if self.k == 0:
+            return
         confirmed = self.module_cache.length + len(following)
+        skipped = self.base_cache.length - confirmed  # of the text, which draws go by
         for _ in range(self.k):
             embedding = self.base.model.embed_tokens(torch.tensor([following]))
             g, out = self.module(embedding, hidden[None], self.module_cache)
@@ -209,7 +222,8 @@ class ReferenceDecoder:
                 kept = torch.full_like(logits, -torch.inf)
                 kept[self.draft_vocab] = logits[self.draft_vocab]
                 logits = kept
-            draft, probs = self._pick(logits, self.module_cache.length + 1, Stream.DRAFT)
+            position = skipped + self.module_cache.length + 1
+            draft, probs = self._pick(logits, position, Stream.DRAFT)
             self.pending.append(draft)
             self.draft_probs.append(probs)
             hidden, following = g[0, -1:], [draft]

@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> step(const char* op, const Tensor& weights, const Ten
     fail(op, "sequence is ", first_of, "; it must be 0 to ", state.batch - 1);
   const OnGpu on(place.gpu);
   Tensor tokens = torch::stable::empty_like(pending);
-  Tensor counts = torch::stable::empty_like(lengths);
+  Tensor counts = torch::stable::new_empty(lengths, {state.batch});
   void* stream = current_stream(op, place.gpu);
   auto* const out = data<int64_t>(tokens);
   auto* const n_out = data<int64_t>(counts);

@@ -107,11 +107,15 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& weights, const Tensor& plan
         fail(op, "pending[", b, "][", j, "] is ", tokens[j], "; token ids are 0 to ", vocab - 1);
     const int64_t length = state.lengths[b];
     if (length < 0 || length > capacity_of(state) - room)
-      fail(op, "lengths[", b, "] is ", length, " and a step needs ", room,
+      fail(op, "lengths[0][", b, "] is ", length, " and a step needs ", room,
            " more positions, but the caches have room for ", capacity_of(state));
+    const int64_t read = state.module_lengths()[b];
+    if (state.drafts > 0 && (read < 0 || read > length))
+      fail(op, "lengths[1][", b, "] is ", read, "; the module may have read 0 to ", length,
+           " positions, as many as the base");
   }
   Tensor tokens = torch::stable::empty_like(pending);
-  Tensor counts = torch::stable::empty_like(lengths);
+  Tensor counts = torch::stable::new_empty(lengths, {state.batch});
   const Status status = decode_step(state, data<int64_t>(tokens), data<int64_t>(counts));
   if (status.code != StatusCode::ok) fail_non_finite(op, status, "sequence");
   return {tokens, counts};
@@ -165,8 +169,10 @@ STABLE_TORCH_LIBRARY(recycle, m) {
       "recycle_head(Tensor hidden, Tensor? norm, float eps, Tensor head, int format, int n_vocab, "
       "Tensor positions, float temperature, int top_k, float top_p, Tensor seeds) "
       "-> (Tensor tokens, Tensor log_probs)");
-  // One decode step: the base model over the pending tokens of each sequence, the choice of what counts,
-  // the module's new drafts. tokens [B, k + 1]: what each sequence grew by, then -1; counts [B].
+  // One decode step: the base model over the pending tokens [B, k + 1] of each sequence, the choice of what
+  // counts, the module's new drafts. tokens [B, k + 1]: what each sequence grew by, then -1; counts [B].
+  // lengths [2, B]: positions in the base's cache, and in the module's, which standard steps leave behind: it goes
+  // on after them as if the text in between weren't there. So k may change from step to step.
   m.def(
       "decode_step(Tensor weights, Tensor plan, Tensor(a!) base_cache, Tensor(b!) module_cache, "
       "Tensor(c!) pending, Tensor(d!) lengths, Tensor(e!) draft_probs, Tensor(f!) scratch, "

@@ -169,7 +169,7 @@ DecodeState check_state(const char* op, const Tensor& weights, const Tensor& pla
   if (state.drafts > 0 && !model->has_module)
     fail(op, "this mode needs a module, and the plan has none");
   state.pending = data<int64_t>(pending);
-  check(op, "lengths", lengths, ScalarType::Long, {state.batch}, place);
+  check(op, "lengths", lengths, ScalarType::Long, {2, state.batch}, place);
   state.lengths = data<int64_t>(lengths);
   state.sampling = check_sampling(op, temperature, top_k, top_p, seeds, state.batch, place);
   state.base_cache =

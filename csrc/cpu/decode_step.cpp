@@ -2,11 +2,12 @@
 // decoding, Leviathan et al. 2023): base model over the pending tokens, choice, module over the rows just
 // confirmed, new drafts. And prefill, which is the same over a prompt.
 //
-//   pending [batch, k + 1]: t_0 is certain, t_1 .. t_k are drafts; lengths [batch]: positions cached
+//   pending [batch, k + 1]: t_0 is certain, t_1 .. t_k are drafts; lengths [2, batch]: positions cached,
+//   n by the base, m by the module, which is fewer where standard steps (k = 0) have left it out
 //   base rows: t_0 .. t_k at positions n .. n + k        hidden h_n .. h_n+k
 //   choice: a drafts accepted, y the base model's own token after them
-//   module rows: (h_i, x_i+1) for i = n .. n + a; its guess after the last is the next draft t_1, and
-//   fed with its own output it goes on to t_2 .. t_k
+//   module rows: (h_i, x_i+1) for i = n .. n + a, in its own positions m .. m + a; its guess after the last is
+//   the next draft t_1, and fed with its own output it goes on to t_2 .. t_k
 //
 // Bounded by one pass over the base's weights and one over the module's. One parallel region: thread 0
 // decides between barriers, the others read what it decided. Nothing is allocated.
@@ -38,6 +39,7 @@ struct Work {
   int64_t* picks;    // [rows] what the head picked; sampled: 0. -1: not finite
   int64_t* pending;  // [batch, k + 1] the new ones, until the step is known to succeed
   int64_t* grown;    // [batch] tokens by which a sequence grows
+  int64_t* skipped;  // [batch] positions that the base will have and the module won't
   Status status;
 
   void take(Arena& arena, const Model& model, int64_t batch, int64_t drafts, bool greedy,
@@ -56,6 +58,7 @@ struct Work {
     picks = arena.take<int64_t>(head_rows);
     pending = arena.take<int64_t>(head_rows);
     grown = arena.take<int64_t>(batch);
+    skipped = arena.take<int64_t>(batch);
   }
 };
 
@@ -260,6 +263,7 @@ class Step {
       std::fill_n(tokens + b * width(), width(), int64_t{-1});
       std::copy_n(pending, width(), work_.pending + b * width());
       counts[b] = work_.grown[b] = 0;
+      work_.skipped[b] = state_.lengths[b] - state_.module_lengths()[b];
       if (pending[0] < 0) continue;
       std::copy_n(pending, width(), work_.tokens + work_.rows.n);
       work_.rows.add(b, state_.lengths[b], width());
@@ -298,12 +302,13 @@ class Step {
       const int64_t* pending = state_.pending + b * width();
       const Choice choice = asks_every_row() ? verify(s, segment) : accept_all(s, segment);
       counts[b] = work_.grown[b] = choice.accepted + 1;
+      if (state_.drafts == 0) work_.skipped[b] += work_.grown[b];
       std::copy_n(pending + 1, choice.accepted, tokens + b * width());
       tokens[b * width() + choice.accepted] = choice.token;
       work_.pending[b * width()] = choice.token;
       // Written over segment s or an earlier one: a sequence confirms no more rows than it had.
       const int64_t row = work_.rows.n;
-      work_.rows.add(b, segment.position, choice.accepted + 1);
+      work_.rows.add(b, state_.module_lengths()[b], choice.accepted + 1);
       for (int64_t i = 0; i <= choice.accepted; ++i) {
         work_.tokens[row + i] = tokens[b * width() + i];
         work_.source[row + i] = segment.row + i;
@@ -361,8 +366,12 @@ class Step {
   void lead_first_token(int64_t sequence, int64_t n_prompt) {
     if (!lead_check_finite(1, 1, work_.rows.n - 1)) return;
     std::copy_n(state_.pending, state_.batch * width(), work_.pending);
-    std::fill_n(work_.grown, state_.batch, int64_t{0});
+    for (int64_t b = 0; b < state_.batch; ++b) {
+      work_.grown[b] = 0;
+      work_.skipped[b] = state_.lengths[b] - state_.module_lengths()[b];
+    }
     work_.grown[sequence] = n_prompt - state_.lengths[sequence];
+    work_.skipped[sequence] = state_.drafts > 0 ? 0 : n_prompt;
     work_.pending[sequence * width()] =
         choose(0, model_.base.head.n, sequence, n_prompt, Stream::sample);
   }
@@ -373,12 +382,14 @@ class Step {
     for (int64_t s = 0; s < work_.rows.n_segments; ++s) {
       const Segment segment = work_.rows.segments[s];
       const int64_t row = segment.position + segment.n_rows - 1;
+      // Draws and messages go by the text's positions, which are the base's.
+      const int64_t position = row + work_.skipped[segment.sequence];
       if (work_.picks[s] < 0) {
-        work_.status = {StatusCode::non_finite, segment.sequence, row};
+        work_.status = {StatusCode::non_finite, segment.sequence, position};
         return;
       }
       const int64_t index =
-          choose(s, model_.module.head.n, segment.sequence, row + 2, Stream::draft);
+          choose(s, model_.module.head.n, segment.sequence, position + 2, Stream::draft);
       const int64_t token = draft_token(index);
       work_.pending[segment.sequence * width() + draft + 1] = token;
       if (!greedy() && state_.mode == Mode::verify)
@@ -392,7 +403,10 @@ class Step {
 
   void lead_commit() {
     std::copy_n(work_.pending, state_.batch * width(), state_.pending);
-    for (int64_t b = 0; b < state_.batch; ++b) state_.lengths[b] += work_.grown[b];
+    for (int64_t b = 0; b < state_.batch; ++b) {
+      state_.lengths[b] += work_.grown[b];
+      state_.module_lengths()[b] = state_.lengths[b] - work_.skipped[b];
+    }
   }
 
   // ---- small things -------------------------------------------------------------------------------

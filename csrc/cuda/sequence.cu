@@ -19,6 +19,7 @@ struct View {
   SequenceArrays arrays;
   int64_t* pending;
   int64_t* lengths;
+  int64_t* module_lengths;
   int64_t* tokens;
   int64_t* counts;
   Matrix embedding;
@@ -46,6 +47,7 @@ View view_of(const SequenceCall& call) {
   view.arrays = call.arrays;
   view.pending = call.state.pending;
   view.lengths = call.state.lengths;
+  view.module_lengths = call.state.module_lengths();
   view.tokens = call.tokens;
   view.counts = call.counts;
   view.embedding = model.base.embedding;
@@ -140,6 +142,10 @@ __global__ void __launch_bounds__(kBlockThreads) begin_kernel(View view) {
                          : view.drafts > 0 ? view.drafts
                                            : 1;
   bool fits = length >= 0 && length <= view.capacity - needed;
+  if (view.drafts > 0) {
+    const int64_t read = view.module_lengths[sequence];
+    fits = fits && read >= 0 && read <= length;
+  }
   for (int j = 0; j <= view.last; ++j) fits = fits && pending[j] >= 0 && pending[j] < view.vocab;
   const bool in_use = !idle && fits && row % view.width <= view.last;
   for (int64_t i = threadIdx.x; i < view.hidden; i += kBlockThreads)
@@ -186,6 +192,7 @@ RECYCLE_DEVICE void commit(const View& view, int sequence) {
   for (int j = 0; j < view.width; ++j)
     view.pending[sequence * view.width + j] = view.arrays.new_pending[sequence * view.width + j];
   view.lengths[sequence] += grown;
+  if (view.drafts > 0) view.module_lengths[sequence] += grown;
 }
 
 // ---- what counts --------------------------------------------------------------------------------------
@@ -270,6 +277,7 @@ __global__ void __launch_bounds__(kBlockThreads) choose_kernel(View view, HeadBe
   const int64_t* pending = view.pending + sequence * view.width;
   const int first_row = sequence * view.width;
   const int length = arrays.positions[first_row];
+  const int read = view.drafts > 0 ? static_cast<int>(view.module_lengths[sequence]) : 0;
   bool in_use = length >= 0;
   Choice choice = {0, 0};
   if (in_use) in_use = choose_tokens(view, bests, sequence, length, &choice);
@@ -286,7 +294,7 @@ __global__ void __launch_bounds__(kBlockThreads) choose_kernel(View view, HeadBe
       arrays.grown[sequence] = kNonFinite;
     }
     for (int j = 0; j < view.width; ++j)
-      arrays.positions[first_row + j] = in_use && j <= choice.accepted ? length + j : -1;
+      arrays.positions[first_row + j] = in_use && j <= choice.accepted ? read + j : -1;
     if (view.drafts > 0)
       arrays.draft_rows[sequence] = first_row + (in_use ? static_cast<int>(choice.accepted) : 0);
     else
@@ -297,7 +305,7 @@ __global__ void __launch_bounds__(kBlockThreads) choose_kernel(View view, HeadBe
   for (int j = 0; j < view.width; ++j) {
     float* pair = arrays.pair + (first_row + j) * 2 * view.hidden;
     if (in_use && j <= choice.accepted) {
-      module_input(view, confirmed[j], length + j, arrays.x + (first_row + j) * view.hidden,
+      module_input(view, confirmed[j], read + j, arrays.x + (first_row + j) * view.hidden,
                    view.final_norm, pair);
     } else {
       for (int64_t i = threadIdx.x; i < 2 * view.hidden; i += kBlockThreads) pair[i] = 0;
@@ -316,6 +324,8 @@ __global__ void __launch_bounds__(kBlockThreads)
   // Of the row that the draft came from; after the first pass rows are the sequences'.
   const int from = arrays.draft_rows[sequence];
   const int position = draft == 0 ? arrays.positions[from] : arrays.draft_positions[sequence];
+  // Draws go by the text's positions, which are the base's.
+  const int64_t skipped = view.lengths[sequence] - view.module_lengths[sequence];
   bool in_use = arrays.grown[sequence] > 0;
   int64_t token = 0;
   if (in_use) {
@@ -324,7 +334,8 @@ __global__ void __launch_bounds__(kBlockThreads)
       picked = pick(bests, sequence);
     } else if (arrays.module_finite[sequence] != 0) {
       const float* probs = arrays.module_probs + sequence * view.n_draft_vocab;
-      picked = draw(probs, view.n_draft_vocab, random(view, sequence, position + 2, Draw::draft));
+      picked = draw(probs, view.n_draft_vocab,
+                    random(view, sequence, position + skipped + 2, Draw::draft));
       if (view.draft_probs != nullptr) {
         float* kept =
             view.draft_probs + (int64_t{sequence} * view.drafts + draft) * view.n_draft_vocab;

@@ -8,13 +8,13 @@ namespace recycle::cuda {
 
 // Reported in counts, for a sequence whose state is then as it was.
 inline constexpr int64_t kNonFinite = -1;  // a logit was NaN or infinite
-inline constexpr int64_t kNoRoom = -2;     // its length or a pending token is out of range
+inline constexpr int64_t kNoRoom = -2;     // a length of it or a pending token is out of range
 
 struct SequenceArrays {
   float* x;              // [rows, hidden] the base's residual stream
   float* module_x;       // [rows, hidden] the module's
   float* pair;           // [rows, 2 hidden] the module's inputs
-  int* positions;        // [rows] of the base's rows, then of those the module sees
+  int* positions;        // [rows] of the base's rows; then the module's own, of those it sees
   int* head_rows;        // [rows] rows of x that the base's head sees, in order
   int* draft_rows;       // [batch] rows of module_x that its head sees
   int* draft_positions;  // [batch] of the module's rows after its first pass

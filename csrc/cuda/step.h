@@ -28,8 +28,8 @@ bool decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts, con
                  void* stream);
 
 // The end of a prefill: a step of `sequence` alone, whose caches hold all of its prompt but the last token. That is
-// pending[sequence][0], lengths[sequence] its position; there are no drafts yet. The sequence grows by its first
-// new token, and has drafts afterwards.
+// pending[sequence][0], both lengths its position; there are no drafts yet. The sequence grows by its first new
+// token, and has drafts afterwards.
 bool finish_prefill(const DecodeState& state, int64_t sequence, int64_t* tokens, int64_t* counts,
                     const Device& device, void* stream);
 

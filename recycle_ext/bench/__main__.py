@@ -17,8 +17,9 @@ from recycle_ext.bench.plot import check_plot, plot
 from recycle_ext.bench.race import Entry, race
 from recycle_ext.bench.report import heading, phase_tables, report, table
 from recycle_ext.checkpoint import Checkpoint, open_checkpoint
-from recycle_ext.decoder import MODES
+from recycle_ext.decoder import AUTO, MODES
 from recycle_ext.errors import RecycleError
+from recycle_ext.generate import number_of_drafts
 from recycle_ext.kv_cache import CACHE_DTYPES
 from recycle_ext.module_checkpoint import default_module, open_module
 from recycle_ext.packing import DTYPES
@@ -57,7 +58,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help=f"of {', '.join(MODES)} (default: all that the model has a module for)",
     )
     parser.add_argument(
-        "--drafts", type=int, default=1, metavar="K", help="tokens the module guesses a step"
+        "--drafts",
+        type=number_of_drafts,
+        default=1,
+        metavar="K",
+        help="tokens the module guesses a step (default: 1), or auto: in verify mode 0 to 4 as it pays",
     )
     parser.add_argument(
         "--threads", metavar="LIST", help="(default: the cores this process may use)"
@@ -133,8 +138,10 @@ def check_request(options: argparse.Namespace) -> Request:
         if (value := getattr(options, name)) < 1:
             flag = "--" + name.replace("_", "-")
             raise RecycleError(f"{flag} is {value}; it must be at least 1")
-    if not 1 <= options.drafts <= _C.MAX_DRAFTS:
-        raise RecycleError(f"--drafts is {options.drafts}; it must be 1 to {_C.MAX_DRAFTS}")
+    if options.drafts != AUTO and not 1 <= options.drafts <= _C.MAX_DRAFTS:
+        raise RecycleError(
+            f"--drafts is {options.drafts}; it must be 1 to {_C.MAX_DRAFTS}, or {AUTO}"
+        )
     modes = list(MODES) if options.modes is None else names("--modes", options.modes, list(MODES))
     dtypes = names("--dtypes", options.dtypes, WIDTHS)
     for flag, found in (("--modes", modes), ("--dtypes", dtypes)):

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from recycle_ext import _C
 from recycle_ext.bench.same_width import write_same_width
 from recycle_ext.bench.story import STORY, part
 from recycle_ext.checkpoint import Checkpoint
 from recycle_ext.config import ModelConfig, ModuleConfig
+from recycle_ext.decoder import AUTO
 from recycle_ext.errors import RecycleError
 
 OURS = "recycle_ext"
@@ -34,7 +36,12 @@ class Contender:
     width: str  # "bf16", "q8", ... or "native"
     threads: int
     batch: int
-    drafts: int  # 0 in standard mode
+    drafts: int | str  # 0 in standard mode; "auto" in verify mode alone
+
+    @property
+    def most_drafts(self) -> int:
+        """That a step may have."""
+        return most_drafts(self.drafts)
 
     def __str__(self) -> str:
         return f"{self.system} {self.mode} {self.width}, threads {self.threads}, batch {self.batch}"
@@ -69,7 +76,7 @@ class Request:
 
     dtypes: list[str]
     modes: list[str]
-    drafts: int
+    drafts: int | str
     threads: list[int]
     batches: list[int]
     context: int
@@ -86,6 +93,18 @@ class Request:
 def cache_values(config: ModelConfig | ModuleConfig) -> int:
     """Keys and values of one position, in all layers."""
     return 2 * config.n_layers * config.n_kv_heads * config.head_dim
+
+
+def most_drafts(drafts: int | str) -> int:
+    """That a step may have."""
+    return _C.MAX_DRAFTS if drafts == AUTO else drafts
+
+
+def drafts_of(mode: str, asked: int | str) -> int | str:
+    """Of a mode, where --drafts is ``asked``; where "auto" can't be, the usual one draft."""
+    if mode == "standard":
+        return 0
+    return 1 if asked == AUTO and mode != "verify" else asked
 
 
 def growth(new_tokens: int, batch: int, drafts: int) -> int:
@@ -134,7 +153,7 @@ def jobs(
         for threads in request.threads:
             for width in request.dtypes:
                 for mode in request.modes:
-                    drafts = 0 if mode == "standard" else request.drafts
+                    drafts = drafts_of(mode, request.drafts)
                     contender = Contender(OURS, mode, width, threads, batch, drafts)
                     found.append(job(contender, checkpoint.path, module if drafts else None))
                 for peer in peers:
@@ -157,7 +176,7 @@ def check_context(request: Request, config: ModelConfig) -> None:
             f"--prompt-tokens is {request.prompt_tokens}; this model's context is {limit}, "
             "new tokens included"
         )
-    drafts = 0 if request.modes == ["standard"] else request.drafts
+    drafts = max(most_drafts(drafts_of(mode, request.drafts)) for mode in request.modes)
     for batch in request.batches:
         needed = request.context + batch - 1 + growth(request.new_tokens, batch, drafts)
         if needed > limit:

@@ -198,7 +198,7 @@ def _ours(shape: str, packed: PackedModel, mode: str, label: str, width: str) ->
             graph.replay()
 
     start(lambda: None)
-    if (grown := int(decoder.lengths[0]) - CONTEXT) < STEPS:
+    if (grown := int(decoder.lengths[0, 0]) - CONTEXT) < STEPS:
         raise RecycleError(f"{shape} {label} {width}: {grown} tokens in {STEPS} steps")
     return Contender(
         shape,

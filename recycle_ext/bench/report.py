@@ -12,6 +12,7 @@ import torch
 
 from recycle_ext import _C
 from recycle_ext.bench.race import Entry
+from recycle_ext.decoder import AUTO
 
 _MEDIANS = (
     "tokens_per_second",
@@ -105,9 +106,10 @@ def limit_fraction(result: dict, results: Sequence[dict]) -> float | None:
     """The speed-up over standard mode, as a share of what it would be if only bytes of weights counted.
 
     That limit is the tokens a step gives (drafts + 1 in alternate mode) times the bytes of a standard step
-    over those of this one. None without drafts, or without a standard contender beside it.
+    over those of this one. None without drafts, where their number changes, or without a standard contender
+    beside it.
     """
-    if not result["drafts"]:
+    if not result["drafts"] or result["drafts"] == AUTO:
         return None
     same = ("system", "width", "threads", "batch")
     for other in results:
@@ -189,7 +191,9 @@ def phase_tables(report: dict) -> str:
 
 def _mode(result: dict) -> str:
     """With the number of drafts where it is not the usual one."""
-    return result["mode"] + (f" ({result['drafts']} drafts)" if result["drafts"] > 1 else "")
+    return result["mode"] + (
+        f" ({result['drafts']} drafts)" if result["drafts"] not in (0, 1) else ""
+    )
 
 
 def _percent(share: float | None) -> str:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from recycle_ext import _C
 from recycle_ext.bench.contenders import Job, growth
-from recycle_ext.decoder import Decoder
+from recycle_ext.decoder import AUTO, Decoder
 from recycle_ext.generation import load
 from recycle_ext.kv_cache import CACHE_DTYPES
 
@@ -22,6 +22,7 @@ class Decoded:
     steps: int
     tokens: int
     cache_bytes: float  # of keys and values that a step read, on average
+    step_bytes: float | None = None  # of weights, on average; None: as the system says
     acceptance_rate: float | None = None
 
 
@@ -29,7 +30,7 @@ class System(Protocol):
     """A loaded model."""
 
     weight_bytes: int  # in memory
-    step_bytes: int  # of weights that a decode step reads
+    step_bytes: int  # of weights that a decode step reads, or the least it reads where that changes
     standard_step_bytes: int  # the same without a module
     formats: str  # for humans
 
@@ -54,7 +55,8 @@ class Ours:
         )
         packed = self._model.packed
         self.weight_bytes = packed.weights.numel()
-        self.step_bytes = packed.step_bytes(job.contender.drafts)
+        drafts = job.contender.drafts
+        self.step_bytes = packed.step_bytes(0 if drafts == AUTO else drafts)
         self.standard_step_bytes = packed.step_bytes(0)
         self.formats = packed.formats
 
@@ -63,7 +65,7 @@ class Ours:
         return Decoder(
             self._model.packed,
             mode=contender.mode,
-            drafts=max(1, contender.drafts),
+            drafts=contender.drafts or 1,
             batch=batch,
             capacity=capacity,
             cache_dtype=CACHE_DTYPES.get(self._job.cache_dtype, self._model.cache_dtype),
@@ -82,7 +84,7 @@ class Ours:
 
     def _ready(self, new_tokens: int) -> Decoder:
         """A decoder with the job's sequences in its caches."""
-        sequences, drafts = self._job.sequences, self._job.contender.drafts
+        sequences, drafts = self._job.sequences, self._job.contender.most_drafts
         most = max(map(len, sequences)) + growth(new_tokens, len(sequences), drafts)
         decoder = self._decoder(len(sequences), most)
         for index, ids in enumerate(sequences):
@@ -90,26 +92,29 @@ class Ours:
         return decoder
 
     def _run(self, decoder: Decoder, new_tokens: int) -> Decoded:
-        before = int(decoder.lengths.sum())
-        wanted, tokens, steps = decoder.batch * new_tokens, 0, 0
+        before = int(decoder.lengths[0].sum())
+        wanted, tokens, steps, drafts = decoder.batch * new_tokens, 0, 0, 0
         start = time.perf_counter()
         while tokens < wanted:
-            _, counts = decoder.step()
+            found, counts = decoder.step()
             tokens += int(counts.sum())
             steps += 1
+            drafts += found.shape[1] - 1
         seconds = time.perf_counter() - start
 
         # A step reads the base's cache once and the module's once a draft.
         position_bytes = decoder.base_cache[:, :, 0, :, 0].nbytes
-        offered = steps * decoder.batch * decoder.drafts
-        if decoder.drafts:
-            position_bytes += decoder.drafts * decoder.module_cache[:, :, 0, :, 0].nbytes
-        positions = (before + int(decoder.lengths.sum())) / 2
+        offered = drafts * decoder.batch
+        if drafts:
+            position_bytes += drafts / steps * decoder.module_cache[:, :, 0, :, 0].nbytes
+        positions = (before + int(decoder.lengths[0].sum())) / 2
+        packed = self._model.packed
         return Decoded(
             seconds,
             steps,
             tokens,
             cache_bytes=positions * position_bytes,
+            step_bytes=packed.step_bytes(0) + drafts / steps * packed.module_bytes,
             acceptance_rate=(tokens - steps * decoder.batch) / offered if offered else None,
         )
 

@@ -134,7 +134,8 @@ def probe(job: Job, system: System) -> float:
 
 def decode_figures(decoded: Decoded, system: System, bandwidth: float) -> dict:
     """What a decoding comes to. bandwidth: bytes a second that this machine read directly before and after."""
-    read = decoded.steps * (system.step_bytes + decoded.cache_bytes)
+    step_bytes = system.step_bytes if decoded.step_bytes is None else decoded.step_bytes
+    read = decoded.steps * (step_bytes + decoded.cache_bytes)
     return {
         "tokens": decoded.tokens,
         "steps": decoded.steps,

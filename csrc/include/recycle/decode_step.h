@@ -24,6 +24,9 @@ constexpr int64_t positions_needed(int64_t drafts) {
   return drafts > 0 ? 2 * drafts : 1;
 }
 
+// The module may have read less than the base: standard steps leave it out. It then reads on as if the text in
+// between weren't there, in rows that follow each other, so its lengths are its own; they stand still in
+// standard mode.
 struct DecodeState {
   const Model* model = nullptr;
   int64_t batch = 0;
@@ -33,9 +36,11 @@ struct DecodeState {
   KvCache base_cache;
   KvCache module_cache;          // unused in standard mode
   int64_t* pending = nullptr;    // [batch, drafts + 1]; pending[b][0] < 0: the sequence is idle
-  int64_t* lengths = nullptr;    // [batch] positions in the caches
+  int64_t* lengths = nullptr;    // [2, batch] positions in the base's cache, then in the module's
   float* draft_probs = nullptr;  // [batch, drafts, draft vocabulary]; sampled verify mode only
   std::byte* scratch = nullptr;  // decode_scratch_bytes()
+
+  int64_t* module_lengths() const { return lengths + batch; }
 };
 
 // Scratch for both calls below, with the present number of threads.

@@ -1,0 +1,211 @@
+"""The choice of k for drafts="auto", on invented texts and machines: prices, acceptance and noise are known here."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from recycle_ext.draft_policy import Acceptance, DraftPolicy, Experience
+
+MOST = 4
+USELESS = (0.03, 0.0, 0.0, 0.0)
+FAIR = (0.43, 0.35, 0.3, 0.3)
+GOOD = (0.85, 0.8, 0.75, 0.7)
+SEEDS = range(5)
+
+
+class Machine:
+    """What steps cost here, and what it says they cost. A step with k drafts: ``price`` * k more than one without."""
+
+    def __init__(self, price: float, seed: int, noise: float = 0.02, noisy: bool = False) -> None:
+        self.chance = random.Random(seed)
+        self.price, self.noise, self.noisy = price, noise, noisy
+        self.slow = 1.0  # while others use it
+
+    def cost(self, k: int) -> float:
+        return 1 + self.price * k
+
+    def measured(self, k: int) -> float:
+        if self.noisy and self.chance.random() < 0.02:
+            self.slow = self.chance.choice([1.0, 1.0, 1.2, 1.4])
+        spike = 1 + 2 * self.chance.random() if self.noisy and self.chance.random() < 0.05 else 1
+        return self.cost(k) * self.slow * spike * (1 + self.noise * abs(self.chance.gauss(0, 1)))
+
+
+def write(
+    policy: DraftPolicy,
+    machine: Machine,
+    n_tokens: int,
+    acceptance: Callable[[int], Sequence[float]],
+    batch: int = 1,
+) -> tuple[float, list[tuple[int, int]]]:
+    """A text; how many times as fast as without drafts it was, and (tokens before, k) of each step."""
+    tokens, seconds, made, steps = 0, 0.0, MOST, []
+    while tokens < n_tokens:
+        k, rates = policy.choose(), acceptance(tokens)
+        accepted = []
+        for _ in range(batch):
+            count = 0
+            while count < min(k, made) and machine.chance.random() < rates[count]:
+                count += 1
+            accepted.append(count)
+        policy.observe(k, accepted, machine.measured(k))
+        steps.append((tokens, k))
+        tokens += batch + sum(accepted)
+        seconds += machine.cost(k)
+        made = k
+    return tokens / batch / seconds, steps
+
+
+def always(rates: Sequence[float]) -> Callable[[int], Sequence[float]]:
+    return lambda _: rates
+
+
+def best_fixed(price: float, rates: Sequence[float]) -> float:
+    """The speed of the best k, kept throughout."""
+    found, total, share = [1.0], 1.0, 1.0
+    for k, rate in enumerate(rates, 1):
+        share *= rate
+        total += share
+        found.append(total / (1 + price * k))
+    return max(found)
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def speeds(price, rates, n_tokens, texts=1, seeds=SEEDS, **machine) -> list[float]:
+    """Of the last of some texts, for each seed."""
+    found = []
+    for seed in seeds:
+        experience, here = Experience(MOST), Machine(price, seed, **machine)
+        for _ in range(texts):
+            speed, _ = write(DraftPolicy(experience), here, n_tokens, always(rates))
+        found.append(speed)
+    return found
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+@pytest.mark.parametrize("n_tokens", [128, 500])
+@pytest.mark.parametrize("price", [0.12, 0.2, 0.8])
+@pytest.mark.parametrize("rates", [(0.0,) * MOST, USELESS])
+def test_a_useless_module_costs_less_than_three_percent(rates, price, n_tokens, texts):
+    assert min(speeds(price, rates, n_tokens, texts)) > 0.97
+
+
+@pytest.mark.parametrize("n_tokens", [32, 64])
+def test_a_short_text_pays_for_four_drafts_at_most_and_then_not_even_that(n_tokens):
+    first, then = (speeds(0.18, (0.0,) * MOST, n_tokens, texts) for texts in (1, 2))
+    assert min(first) > n_tokens / (n_tokens + 4 * 0.18) - 0.01
+    assert min(then) > 0.97
+
+
+@pytest.mark.parametrize("rates", [FAIR, (0.6, 0.5, 0.4, 0.3), GOOD, (1.0,) * MOST])
+@pytest.mark.parametrize("price", [0.12, 0.18])
+def test_a_good_module_is_used_as_with_the_best_k(rates, price):
+    assert mean(speeds(price, rates, 1500, texts=2, seeds=range(20))) > 0.97 * best_fixed(
+        price, rates
+    )
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.15])
+def test_a_noisy_machine_hardly_misleads_it(noise):
+    assert mean(speeds(0.18, USELESS, 1000, noise=noise, noisy=True)) > 0.98
+    assert mean(speeds(0.18, FAIR, 1000, noise=noise, noisy=True)) > 0.95 * best_fixed(0.18, FAIR)
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_price_measured_wrongly_is_found_out(wrong):
+    """The machine was three times as slow as it is, when the very first steps of one kind were timed."""
+    for rates, least in ((USELESS, 0.97), (FAIR, 1.1)):
+        policy, machine, first = DraftPolicy(Experience(MOST)), Machine(0.18, 3), range(8)
+        for _ in first:
+            k = policy.choose()
+            policy.observe(k, [0], machine.measured(k) * (3 if k == wrong else 1))
+        assert write(policy, machine, 2000, always(rates))[0] > least
+
+
+@pytest.mark.parametrize("block", [50, 200, 1000])
+def test_texts_that_change_do_better_than_without_drafts(block):
+    changing = lambda at: FAIR if at // block % 2 == 0 else USELESS  # noqa: E731
+    found = [
+        write(DraftPolicy(Experience(MOST)), Machine(0.18, seed), 4000, changing)[0]
+        for seed in SEEDS
+    ]
+    assert min(found) > 0.99
+    assert mean(found) > 1
+
+
+def test_when_a_text_turns_predictable_drafts_are_back_soon():
+    turns = 1000
+    for seed in SEEDS:
+        policy, machine = DraftPolicy(Experience(MOST)), Machine(0.18, seed)
+        _, steps = write(policy, machine, 2000, lambda at: USELESS if at < turns else GOOD)
+        before = [k for at, k in steps if turns - 200 <= at < turns]
+        after = [k for at, k in steps if at >= turns + 300]
+        assert mean(before) < 0.1
+        assert mean(after) > 2
+
+
+def test_it_does_not_flap():
+    for rates in (FAIR, (0.2, 0.1, 0.0, 0.0), GOOD):
+        _, steps = write(DraftPolicy(Experience(MOST)), Machine(0.18, 1), 3000, always(rates))
+        changes = sum(k != other for (_, k), (_, other) in itertools.pairwise(steps))
+        assert 0 < changes < len(steps) / 10
+
+
+def test_a_batch_is_one_decision():
+    fair, useless = (
+        write(DraftPolicy(Experience(MOST)), Machine(0.18, 1), 8000, always(rates), batch=4)[0]
+        for rates in (FAIR, USELESS)
+    )
+    assert fair > 0.97 * best_fixed(0.18, FAIR)
+    assert useless > 0.97
+
+
+def test_the_same_observations_make_the_same_choices():
+    texts = [
+        write(DraftPolicy(Experience(MOST)), Machine(0.18, 5, noisy=True), 500, always(FAIR))
+        for _ in range(2)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_prices_come_from_steps_after_each_other_and_are_never_below_fewer_drafts():
+    experience = Experience(MOST)
+    assert not experience.is_priced(1)
+    experience.compare(1, 1.3, 0, 1.0)
+    assert experience.prices[1] == pytest.approx(1.3)
+    assert experience.prices[2] == pytest.approx(1.6)  # never timed
+    experience.compare(1, 13.0, 2, 15.0)
+    assert experience.prices[2] == pytest.approx(1.5)
+    for _ in range(9):
+        experience.compare(0, 5.0, 1, 4.0)
+    assert experience.prices[1] == 1
+
+
+def test_acceptance_of_a_draft_is_among_those_whose_predecessors_counted():
+    acceptance = Acceptance(3, 50)
+    for _ in range(300):
+        acceptance.observe(2, [2, 1, 0, 0])
+    first, second, third = acceptance.means
+    assert first == pytest.approx(0.5, abs=0.01)
+    assert second == pytest.approx(0.5, abs=0.01)
+    assert third == pytest.approx(0.4)  # the prior
+
+
+def test_padding_says_nothing_about_the_module():
+    experience = Experience(MOST)
+    experience.compare(1, 5.0, 0, 1.0)  # too dear: it begins without drafts
+    policy = DraftPolicy(experience)
+    assert policy.choose() == 0
+    policy.observe(0, [0], 1.0)
+    before = experience.acceptance.means
+    policy.observe(1, [0], 1.2)
+    assert experience.acceptance.means == before
+    policy.observe(1, [0], 1.2)
+    assert experience.acceptance.means[0] < before[0]
