@@ -175,9 +175,9 @@ def check_options(options: argparse.Namespace) -> None:
         raise RecycleError("--joint trains a module from scratch; --from names one that is there")
     if options.joint and options.base:
         raise RecycleError("--joint trains a base from scratch; --base names one that is there")
-    if options.shard_base and not options.online:
+    if options.shard_base and not (options.online and options.text):
         raise RecycleError(
-            "--shard-base needs --online: writing and reading ahead use a whole base"
+            "--shard-base needs --online and --text: a base that writes or reads ahead is a whole one"
         )
 
 
@@ -197,14 +197,14 @@ def new_folder(options: argparse.Namespace, workers: Workers) -> Path:
     return folder
 
 
-def frozen_bases(checkpoint: Checkpoint, device: torch.device) -> tuple[BaseModel, BaseModel]:
-    """The base in float32, for the module to start from, and in bfloat16, on the device."""
+def frozen_bases(checkpoint: Checkpoint) -> tuple[BaseModel, BaseModel]:
+    """The base in float32, for the module to start from, and in bfloat16."""
     base = BaseModel(checkpoint.config)
     base.load_state_dict(checkpoint.state_dict())
     reader = BaseModel(checkpoint.config).to(torch.bfloat16)
     reader.load_state_dict(base.state_dict())
     reader.inv_freq = base.inv_freq  # RoPE's angles stay float32
-    return base, reader.to(device).eval().requires_grad_(False)
+    return base, reader.eval().requires_grad_(False)
 
 
 def frozen_task(options: argparse.Namespace, folder: Path, workers: Workers) -> FrozenBase:
@@ -222,7 +222,10 @@ def frozen_task(options: argparse.Namespace, folder: Path, workers: Workers) -> 
             f"--draft-vocab is {options.draft_vocab}; the base's vocabulary has {vocab_size}"
         )
     tokenizer, fingerprint = checkpoint.tokenizer, checkpoint.fingerprint
-    base, reader = frozen_bases(checkpoint, workers.device)
+    base, reader = frozen_bases(checkpoint)
+    if options.shard_base:
+        workers.shard(reader)
+    reader.to(workers.device)
     if options.text:
         sequences = packed(tokenizer, documents(options.text, options.text_field), options.length)
         if options.online:
@@ -256,8 +259,6 @@ def frozen_task(options: argparse.Namespace, folder: Path, workers: Workers) -> 
     if options.start:
         take_weights(module, open_module(options.start, checkpoint))
     module.to(workers.device)
-    if options.shard_base:
-        workers.shard(reader)
     soft, hard = TARGETS[options.targets]
     targets = Targets(soft, hard, options.regression, options.chain, options.chain_from)
     return FrozenBase(module, reader, states, n_held, draft_vocab, targets, workers)

@@ -46,7 +46,9 @@ class Workers:
         return DistributedDataParallel(task, device_ids=ids)
 
     def shard(self, base: BaseModel) -> None:
-        """Splits a frozen base's weights over the processes, layer by layer (FSDP2)."""
+        """Splits a frozen base's weights over the processes (FSDP2), layer by layer, so that no device need
+        hold more of them than its share and one layer. Embedding and head stay whole.
+        """
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
