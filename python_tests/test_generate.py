@@ -191,3 +191,13 @@ def test_a_module_of_another_base_is_refused(tmp_path, default_model):
     done = command("x", "--model", base.path, "--module", module)
     assert done.returncode == 2
     assert "was trained for" in done.stderr
+
+
+def test_the_commands_leave_the_library_calls_name_alone():
+    """recycle_ext.generate is a function and a command; importing the other commands is not to make it a module."""
+    names = ("train", "train.draft_vocab", "eval", "bench", "convert")
+    imports = "; ".join(
+        f"import recycle_ext.{name}" + ("" if "." in name else ".__main__") for name in names
+    )
+    checked = f"{imports}; assert callable(recycle_ext.generate)"
+    subprocess.run([sys.executable, "-c", checked], check=True)

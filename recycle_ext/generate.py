@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 
 from recycle_ext.bandwidth import read_bandwidth
-from recycle_ext.decoder import AUTO, MODES
+from recycle_ext.command_line import INTERRUPTED, exit_status, number_of_drafts
+from recycle_ext.decoder import MODES
 from recycle_ext.errors import RecycleError
 from recycle_ext.generation import Generation, Statistics, generate, load
 from recycle_ext.kv_cache import CACHE_DTYPES
 from recycle_ext.packing import DTYPES
-
-INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
-
-
-def number_of_drafts(text: str) -> int | str:
-    """What --drafts may be, for argparse; whether there can be so many is the decoder's to say."""
-    try:
-        return AUTO if text == AUTO else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {AUTO}") from None
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -170,19 +160,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; errors of the user's become one line and exit status 2."""
+    """The command."""
     options = parse_arguments(arguments)
-    try:
-        return run(options)
-    except RecycleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader has seen enough; keep Python from complaining once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return exit_status(lambda: run(options))
 
 
 if __name__ == "__main__":

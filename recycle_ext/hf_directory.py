@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recycle_ext import safetensors_file
-from recycle_ext.config import ModelConfig, RopeScaling
+from recycle_ext.config import ModelConfig, ModuleConfig, RopeScaling
 from recycle_ext.errors import RecycleError
 from recycle_ext.json_file import read_json
 from recycle_ext.tensor_source import TensorSource
@@ -115,6 +115,26 @@ def weight_files(path: Path) -> dict[Path, list[str]]:
             "not read; convert them to model.safetensors"
         )
     raise RecycleError(f"{path}: there is no model.safetensors and no index of its parts")
+
+
+def llama_json(config: ModelConfig | ModuleConfig) -> dict[str, Any]:
+    """What a Llama of these sizes says in config.json, but for its architecture, context and tokens."""
+    scaling = config.rope_scaling
+    return {
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if scaling is None else {"rope_type": "llama3", **vars(scaling)},
+        "torch_dtype": "bfloat16",
+    }
 
 
 def read_tensors(path: Path, config: ModelConfig) -> dict[str, TensorSource]:

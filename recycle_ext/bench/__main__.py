@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,14 +16,13 @@ from recycle_ext.bench.plot import check_plot, plot
 from recycle_ext.bench.race import Entry, race
 from recycle_ext.bench.report import heading, phase_tables, report, table
 from recycle_ext.checkpoint import Checkpoint, open_checkpoint
+from recycle_ext.command_line import INTERRUPTED, exit_status, names, number_of_drafts, numbers
 from recycle_ext.decoder import AUTO, MODES
 from recycle_ext.errors import RecycleError
-from recycle_ext.generate import number_of_drafts
 from recycle_ext.kv_cache import CACHE_DTYPES
 from recycle_ext.module_checkpoint import default_module, open_module
 from recycle_ext.packing import DTYPES
 
-INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 WIDTHS = ("native", *DTYPES)
 
 
@@ -107,29 +105,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="with --device cuda: tests, compute-sanitizer and figures, written to DIR",
     )
     return parser.parse_args(arguments)
-
-
-def names(flag: str, text: str, allowed: Sequence[str]) -> list[str]:
-    """A list with commas, each of its names an allowed one, none twice."""
-    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    for name in found:
-        if name not in allowed:
-            raise RecycleError(f"{flag} has {name!r}; it must be of {', '.join(allowed)}")
-    return found
-
-
-def numbers(flag: str, text: str, most: int | None = None) -> list[int]:
-    """A list with commas of whole numbers from 1 on, none twice."""
-    bounds = "at least 1" if most is None else f"1 to {most}"
-    found = []
-    for part in text.split(","):
-        if not part.strip().isdecimal():
-            raise RecycleError(f"{flag} is {text!r}; it must be whole numbers with commas between")
-        number = int(part)
-        if number < 1 or (most is not None and number > most):
-            raise RecycleError(f"{flag} has {number}; it must be {bounds}")
-        found.append(number)
-    return list(dict.fromkeys(found))
 
 
 def check_request(options: argparse.Namespace) -> Request:
@@ -233,19 +208,9 @@ def show(results: dict, options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; errors of the user's become one line and exit status 2."""
+    """The command."""
     options = parse_arguments(arguments)
-    try:
-        return run(options)
-    except RecycleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader has seen enough; keep Python from complaining once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return exit_status(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from recycle_ext.checkpoint import Checkpoint, local_path, open_checkpoint
+from recycle_ext.command_line import exit_status
 from recycle_ext.convert import eagle, to_module
 from recycle_ext.convert.source import Source
 from recycle_ext.errors import RecycleError
@@ -95,14 +96,14 @@ def _write_eagle(path: Path, base: Checkpoint, output: Path) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; errors of the user's become one line and exit status 2."""
+    """The command."""
     options = parse_arguments(arguments)
-    try:
+
+    def run() -> int:
         print("\n".join(convert(options)))
-    except RecycleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from recycle_ext.config import ModuleConfig
 from recycle_ext.convert.head import Head, layer_flags, refuse_other_layers
 from recycle_ext.convert.source import Source
 from recycle_ext.errors import RecycleError
+from recycle_ext.hf_directory import llama_json
 from recycle_ext.module_checkpoint import ModuleCheckpoint
 from recycle_ext.shapes import module_shapes
 
@@ -133,24 +134,10 @@ def from_module(
 
 def _eagle_config(config: ModuleConfig, base: Checkpoint) -> dict[str, Any]:
     """What config.json of an EAGLE-1 head holds: a small Llama's."""
-    scaling = config.rope_scaling
-    return {
+    return llama_json(config) | {
         "architectures": ["LlamaForCausalLMEagle", "LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if scaling is None else {"rope_type": "llama3", **vars(scaling)},
         "max_position_embeddings": base.config.max_position_embeddings,
         "tie_word_embeddings": base.config.tie_word_embeddings,
-        "torch_dtype": "bfloat16",
         "bos_token_id": base.config.bos_token_id,
         "eos_token_id": base.config.eos_token_ids[0] if base.config.eos_token_ids else None,
     }

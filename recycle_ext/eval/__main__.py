@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +11,10 @@ from pathlib import Path
 import torch
 
 from recycle_ext import _C
-from recycle_ext.bench.__main__ import names, numbers
 from recycle_ext.bench.plot import check_plot
 from recycle_ext.bench.report import machine
 from recycle_ext.checkpoint import Checkpoint, open_checkpoint
+from recycle_ext.command_line import exit_status, names, numbers
 from recycle_ext.errors import RecycleError
 from recycle_ext.eval import bootstrap, cloze, likelihood
 from recycle_ext.eval import prompts as prompt_files
@@ -30,7 +29,6 @@ from recycle_ext.eval.measure import (
 from recycle_ext.eval.plot import plot
 from recycle_ext.eval.prompts import Prompt, categories, first_of_each, read_prompts
 from recycle_ext.eval.report import heading, summaries, tables
-from recycle_ext.generate import INTERRUPTED
 from recycle_ext.generation import Model, load
 from recycle_ext.kv_cache import CACHE_DTYPES
 from recycle_ext.module_checkpoint import default_module
@@ -259,19 +257,9 @@ def said_of_differences(rows: Sequence[dict]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; errors of the user's become one line and exit status 2."""
+    """The command."""
     options = parse_arguments(arguments)
-    try:
-        return run(options)
-    except RecycleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader has seen enough; keep Python from complaining once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return exit_status(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -33,39 +34,40 @@ def documents(files: Sequence[str], field: str) -> Iterator[str]:
             raise RecycleError(f"{file}: there is no text in it")
 
 
-def _whole(file: Path, field: str) -> Iterator[str]:
+@contextmanager
+def _read(file: Path) -> Iterator[TextIO]:
+    """The file as UTF-8 text; what goes wrong is told by its name."""
     try:
-        yield file.read_text("utf-8")
+        with file.open(encoding="utf-8") as stream:
+            yield stream
     except OSError as error:
         raise RecycleError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise RecycleError(
             f"{file}: not UTF-8 text ({error.reason} at byte {error.start})"
         ) from None
+
+
+def _whole(file: Path, field: str) -> Iterator[str]:
+    with _read(file) as stream:
+        yield stream.read()
 
 
 def _lines(file: Path, field: str) -> Iterator[str]:
-    try:
-        with file.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise RecycleError(f"{file}, line {number}: not JSON: {error}") from None
-                if not isinstance(row, dict) or field not in row:
-                    given = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                    raise RecycleError(
-                        f'{file}, line {number}: no "{field}" (there is: {given}); --text-field names it'
-                    )
-                yield _text(row[field], f"{file}, line {number}", field)
-    except OSError as error:
-        raise RecycleError(f"{file}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise RecycleError(
-            f"{file}: not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from None
+    with _read(file) as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise RecycleError(f"{file}, line {number}: not JSON: {error}") from None
+            if not isinstance(row, dict) or field not in row:
+                given = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                raise RecycleError(
+                    f'{file}, line {number}: no "{field}" (there is: {given}); --text-field names it'
+                )
+            yield _text(row[field], f"{file}, line {number}", field)
 
 
 def _rows(file: Path, field: str) -> Iterator[str]:

@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recycle_ext import _C
-from recycle_ext.bench.__main__ import numbers
 from recycle_ext.bench.race import rounds
 from recycle_ext.checkpoint import Checkpoint, open_checkpoint
+from recycle_ext.command_line import exit_status, numbers
 from recycle_ext.decoder import Decoder
 from recycle_ext.errors import RecycleError
 from recycle_ext.eval.decoding import Run, decode
@@ -133,15 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dtype", choices=DTYPES, help="weights in memory (none: a GGUF's own, else bf16)")
     add("--threads", type=int, help="none: the cores this process may use")
     options = parser.parse_args(arguments)
-    try:
-        choose(options)
-    except RecycleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: choose(options))
 
 
-def choose(options: argparse.Namespace) -> None:
+def choose(options: argparse.Namespace) -> int:
     """Measures, tells, and saves the fastest."""
     base = open_checkpoint(options.base)
     folder = Path(options.folder)
@@ -166,6 +161,7 @@ def choose(options: argparse.Namespace) -> None:
     best = max(choices, key=lambda choice: choice.tokens / choice.seconds)
     cut(module, base, best.ids, folder)
     print(f"{folder}: saved with {len(best.ids):,} tokens")
+    return 0
 
 
 if __name__ == "__main__":

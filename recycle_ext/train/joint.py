@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from recycle_ext.config import ModelConfig
+from recycle_ext.hf_directory import llama_json
 from recycle_ext.reference import BaseModel, RecyclableModule
 from recycle_ext.train.losses import head_loss
 from recycle_ext.train.states import batches
@@ -142,24 +142,12 @@ def save_base(folder: Path, config: ModelConfig, base: BaseModel, backend: Backe
         if not (config.tie_word_embeddings and name == "lm_head.weight")
     }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    fields: dict[str, Any] = {
+    fields = llama_json(config) | {
         "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "hidden_act": "silu",
         "bos_token_id": 0,
         "eos_token_id": 0,
-        "torch_dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
     backend.save(str(folder / "tokenizer.json"))
