@@ -37,11 +37,14 @@ def isa(request) -> Iterator[str]:
     _C.force_isa(None)
 
 
+THREADS = _C.n_threads()
+
+
 @pytest.fixture(autouse=True)
 def _same_settings_for_every_test() -> Iterator[None]:
-    threads = _C.n_threads()
     yield
-    _C.set_n_threads(threads)
+    # Not what it was before this test: a fixture of a whole file may have changed it.
+    _C.set_n_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,12 @@ def test_there_are_examples_of_the_library_and_of_the_op():
     assert "torch.ops.recycle.decode_step(" in EXAMPLES[1]
 
 
-def test_its_links_lead_to_files():
-    for target in re.findall(r"\]\(([^):]+)\)", README.read_text("utf-8")):
-        assert (README.parent / target).exists(), target
+def test_its_links_lead_to_files_and_headings():
+    text = README.read_text("utf-8")
+    headings = {
+        "#" + re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in text.splitlines()
+        if line.startswith("#")
+    }
+    for target in re.findall(r"\]\(([^):]+)\)", text):
+        assert target in headings or (README.parent / target).exists(), target
