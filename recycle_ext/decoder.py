@@ -42,9 +42,9 @@ class Decoder:
     model: from ``packing.pack_model``. mode: "standard" (no module), "verify" (a draft counts if the base
     model would have said it: the output is the base model's own) or "alternate" (drafts always count).
     drafts: 1..4 tokens that the module guesses in a step, or in verify mode "auto": 0..4, as a DraftPolicy chooses
-    for each step by what counts and what steps cost (for all sequences alike). ``self.drafts`` is what the next
-    step has. capacity: positions a sequence may have,
-    prompt and new tokens together; None: 2048, or the model's context if that is less. temperature 0 is
+    for each step of ``step``, ``run`` and ``stream`` by what counts and what steps cost, for all sequences alike;
+    ``self.drafts`` is what the state holds now. capacity: positions a sequence may have, prompt and new tokens
+    together; None: 2048, or the model's context if that is less. temperature 0 is
     greedy; top_k 0 and top_p 1 cut nothing. seeds: one a sequence; a seed's draws depend on nothing else in the batch.
     With "auto" they depend on the clock: what is drawn has the base model's distribution whatever k is, but which
     token a seed gives changes with k.
@@ -257,7 +257,7 @@ class Decoder:
         """One decode step of all sequences that have a prompt.
 
         Returns tokens [batch, drafts + 1] int64, the new tokens of each sequence, then -1; and counts
-        [batch] int64, how many; both on the CPU.
+        [batch] int64, how many; both on the CPU. drafts: as many as this step had.
         """
         self.steps += 1
         if self._on_gpu:
