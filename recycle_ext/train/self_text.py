@@ -70,8 +70,8 @@ class Prompts:
 class _Writer:
     """The base for one new token of each of many sequences.
 
-    Twice as fast as ``BaseModel`` with a cache: the products that have the same input are one, and
-    the attention is our own, which does not read keys and values once a head.
+    As ``BaseModel`` with a cache, but products that have the same input are one, and RoPE, the append and
+    attention are one of our own operators.
     """
 
     def __init__(self, base: BaseModel, batch: int, length: int) -> None:
