@@ -7,9 +7,10 @@ import torch
 from models import ARCHITECTURES, reference_base, reference_module, write_base, write_module
 
 from recycle_ext.decoder import Decoder
-from recycle_ext.packing import pack_model
+from recycle_ext.packing import MODULE_DTYPES, pack_model
 from recycle_ext.reference import KvCache
 from recycle_ext.reference_ops import ReferenceDecoder
+from recycle_ext.train.rounding import rounded
 
 PROMPT = [5, 17, 3, 99, 42, 7]
 STEPS = 24
@@ -28,10 +29,15 @@ def lengths_of(reference) -> list[int]:
     return [reference.base_cache.length, reference.module_cache.length]
 
 
-def compare(base, module, mode, drafts, changes=(), **sampling):
+def compare(base, module, mode, drafts, changes=(), module_dtype="f32", **sampling):
     """Both decoders side by side; returns how many drafts counted. changes: drafts before each step, in turn."""
+    module_format, _ = MODULE_DTYPES[module_dtype]
+    reference = reference_module(module) if module else None
+    for weight in reference.parameters() if module else ():
+        if weight.dim() == 2:
+            weight.data = rounded(weight.data.float(), module_format).double()
     ours = Decoder(
-        pack_model(base, module, "f32"),
+        pack_model(base, module, "f32", module_dtype),
         mode,
         drafts,
         capacity=200,
@@ -41,7 +47,7 @@ def compare(base, module, mode, drafts, changes=(), **sampling):
     )
     reference = ReferenceDecoder(
         reference_base(base),
-        reference_module(module) if module else None,
+        reference,
         module.draft_vocab() if module else None,
         mode,
         drafts,
@@ -78,6 +84,13 @@ def test_every_kind_of_module(tmp_path, kind, mode, drafts):
     base = write_base(tmp_path / "base", "qwen3")
     module = write_module(tmp_path / "module", base, **MODULES[kind])
     compare(base, module, mode, drafts)
+
+
+@pytest.mark.parametrize("module_dtype", MODULE_DTYPES)
+def test_the_module_may_be_in_fewer_bits_than_the_base(tmp_path, isa, module_dtype):
+    base = write_base(tmp_path / "base")
+    module = write_module(tmp_path / "module", base, n_layers=2)
+    compare(base, module, "alternate", 2, module_dtype=module_dtype)
 
 
 CHANGES = [3, 1, 0, 0, 4, 4, 2, 0, 1, 1, 3]  # up and down, from and to none, by one and by more

@@ -23,13 +23,15 @@ FOLDER = tempfile.TemporaryDirectory()
 
 
 @functools.cache
-def model(architecture: str, seed: int, dtype: str, draft_vocab: int) -> PackedModel:
+def model(
+    architecture: str, seed: int, dtype: str, draft_vocab: int, module_dtype: str | None = None
+) -> PackedModel:
     folder = Path(FOLDER.name, f"{architecture}-{seed}-{draft_vocab}")
     base = write_base(folder / "base", architecture, seed, n_layers=1 + seed % 2)
     module = write_module(
         folder / "module", base, draft_vocab_size=draft_vocab, like_base=seed % 3 > 0
     )
-    return pack_model(base, module, dtype)
+    return pack_model(base, module, dtype, module_dtype)
 
 
 def decode(packed, mode, drafts, prompts, cache_dtype, changes=()) -> tuple[list[list[int]], int]:
@@ -60,6 +62,7 @@ def decode(packed, mode, drafts, prompts, cache_dtype, changes=()) -> tuple[list
     architecture=st.sampled_from(list(ARCHITECTURES)),
     seed=st.integers(0, 5),
     dtype=st.sampled_from(list(DTYPES)),
+    module_dtype=st.sampled_from([None, *DTYPES]),
     draft_vocab=st.sampled_from([0, 50]),
     prompts=st.lists(
         st.lists(st.integers(0, 100), min_size=1, max_size=30), min_size=1, max_size=4
@@ -69,9 +72,9 @@ def decode(packed, mode, drafts, prompts, cache_dtype, changes=()) -> tuple[list
     cache_dtype=st.sampled_from(list(CACHE_DTYPES.values())),
 )
 def test_verify_is_standard(
-    architecture, seed, dtype, draft_vocab, prompts, drafts, threads, cache_dtype
+    architecture, seed, dtype, module_dtype, draft_vocab, prompts, drafts, threads, cache_dtype
 ):
-    packed = model(architecture, seed, dtype, draft_vocab)
+    packed = model(architecture, seed, dtype, draft_vocab, module_dtype)
     _C.set_n_threads(threads[0])
     expected = [decode(packed, "standard", 1, [prompt], cache_dtype)[0][0] for prompt in prompts]
     _C.set_n_threads(threads[1])

@@ -1,4 +1,4 @@
-"""What the command lines share: how they end, and lists of names and numbers."""
+"""What the command lines share: the model they ask for, how they end, lists of names and numbers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 
 from recycle_ext.decoder import AUTO
 from recycle_ext.errors import RecycleError
+from recycle_ext.generation import Model, load
+from recycle_ext.kv_cache import CACHE_DTYPES
+from recycle_ext.packing import DTYPES
 
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
@@ -26,6 +29,41 @@ def exit_status(run: Callable[[], int]) -> int:
         # The reader has seen enough; keep Python from complaining once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model and what else ``load`` takes, and --cache-dtype."""
+    add = parser.add_argument
+    add(
+        "--model",
+        help=".gguf file, Hugging Face directory or hub id (default: SmolLM2-135M-Instruct)",
+    )
+    add("--module", help="directory of a module, or none (default: the one shipped for the model)")
+    add("--dtype", choices=DTYPES, help="weights in memory (default: a GGUF's own, else bf16)")
+    add(
+        "--module-dtype",
+        choices=DTYPES,
+        help="the module's weights (default: f32 for a float32 model, else q4)",
+    )
+    add(
+        "--cache-dtype",
+        choices=CACHE_DTYPES,
+        help="keys and values (default: f32 for a float32 model, else bf16)",
+    )
+    add("--threads", type=int, help="default, and at most: the cores this process may use")
+    add("--device", default="cpu", help="cpu (default), or an NVIDIA GPU: cuda, cuda:1, ...")
+
+
+def model_of(options: argparse.Namespace) -> Model:
+    """Loads what add_model_options() has asked for."""
+    return load(
+        options.model,
+        options.module,
+        options.dtype,
+        options.threads,
+        options.device,
+        options.module_dtype,
+    )
 
 
 def number_of_drafts(text: str) -> int | str:

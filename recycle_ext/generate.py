@@ -8,12 +8,16 @@ import sys
 from collections.abc import Sequence
 
 from recycle_ext.bandwidth import read_bandwidth
-from recycle_ext.command_line import INTERRUPTED, exit_status, number_of_drafts
+from recycle_ext.command_line import (
+    INTERRUPTED,
+    add_model_options,
+    exit_status,
+    model_of,
+    number_of_drafts,
+)
 from recycle_ext.decoder import MODES
 from recycle_ext.errors import RecycleError
-from recycle_ext.generation import Generation, Statistics, generate, load
-from recycle_ext.kv_cache import CACHE_DTYPES
-from recycle_ext.packing import DTYPES
+from recycle_ext.generation import Generation, Statistics, generate
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -25,13 +29,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input"
     )
-    parser.add_argument(
-        "--model",
-        help=".gguf file, Hugging Face directory or hub id (default: SmolLM2-135M-Instruct)",
-    )
-    parser.add_argument(
-        "--module", help="directory of a module, or none (default: the one shipped for the model)"
-    )
+    add_model_options(parser)
     parser.add_argument(
         "--mode",
         choices=MODES,
@@ -51,20 +49,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--top-k", type=int, default=0, help="0: all tokens (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="1: all tokens (default)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="weights in memory (default: a GGUF's own, else bf16)"
-    )
-    parser.add_argument(
-        "--cache-dtype",
-        choices=CACHE_DTYPES,
-        help="keys and values (default: f32 for a float32 model, else bf16)",
-    )
-    parser.add_argument(
-        "--threads", type=int, help="default, and at most: the cores this process may use"
-    )
-    parser.add_argument(
-        "--device", default="cpu", help="cpu (default), or an NVIDIA GPU: cuda, cuda:1, ..."
-    )
     parser.add_argument(
         "--chat", action="store_true", help="the prompt is a message: use the model's chat template"
     )
@@ -130,9 +114,8 @@ def run(options: argparse.Namespace) -> int:
             prompt = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as error:
             raise RecycleError(f"standard input is not UTF-8: {error.reason}") from None
-    model = load(options.model, options.module, options.dtype, options.threads, options.device)
     generation = generate(
-        model,
+        model := model_of(options),
         prompt,
         mode=options.mode,
         drafts=options.drafts,

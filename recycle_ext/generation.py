@@ -42,6 +42,7 @@ def load(
     dtype: str | None = None,
     threads: int | None = None,
     device: str | torch.device = "cpu",
+    module_dtype: str | None = None,
 ) -> Model:
     """Loads a model into memory.
 
@@ -50,7 +51,8 @@ def load(
     model, if there is one; "none": no module. dtype: "f32", "bf16", "q8" or "q4"; None: a GGUF file's own
     formats, bf16 for a Hugging Face directory. threads: for the kernels, in the whole process; None, or more
     than this process has cores: one a core, because more would only wait for each other. device: "cpu", or an
-    NVIDIA GPU, "cuda" or "cuda:1", to which the packed weights are copied.
+    NVIDIA GPU, "cuda" or "cuda:1", to which the packed weights are copied. module_dtype: of the module's weights;
+    None: f32 for a float32 model, else q4, whose rounding costs less than the bytes it saves.
 
     Raises RecycleError for files that are missing, damaged, foreign or don't fit together.
     """
@@ -66,7 +68,7 @@ def load(
     # First: what building it takes for a moment is free again when the weights come.
     tokenizer = base.tokenizer
     return Model(
-        packed=pack_model(base, opened, dtype).to(device),
+        packed=pack_model(base, opened, dtype, module_dtype).to(device),
         tokenizer=tokenizer,
         cache_dtype=torch.float32 if _is_float32(base, dtype) else torch.bfloat16,
     )

@@ -38,6 +38,9 @@ DTYPES = {
     "q4": ("q4_0", "q8_0"),
 }
 
+# What --module-dtype may say: the same of the module, whose head may be a part of the base's.
+MODULE_DTYPES = DTYPES | {"q4": ("q4_1", "q8_0")}
+
 _ALIGN = 64
 _ROWS_AT_ONCE = 1024  # a multiple of 16
 
@@ -229,20 +232,25 @@ def check_sizes(config: ModelConfig, file: str) -> None:
 
 
 def pack_model(
-    base: Checkpoint, module: ModuleCheckpoint | None = None, dtype: str | None = None
+    base: Checkpoint,
+    module: ModuleCheckpoint | None = None,
+    dtype: str | None = None,
+    module_dtype: str | None = None,
 ) -> PackedModel:
     """Reads a checkpoint, and a module's, into packed weights.
 
     dtype: "f32", "bf16", "q8" or "q4" (the layers in 4 bits, embedding and head in 8); None keeps the
     formats of a GGUF file (its other types become f16) and takes bf16 for a Hugging Face directory.
+    module_dtype: the same for the module and its part of the head; None: f32 for a base in f32, else q4.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise RecycleError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    for name, value in (("dtype", dtype), ("module_dtype", module_dtype)):
+        if value is not None and value not in DTYPES:
+            raise RecycleError(f"{name} is {value!r}; it must be one of {', '.join(DTYPES)}")
     check_sizes(base.config, base.path)
-    _, size, _, _ = describe_plan(base, module, dtype)
+    _, size, _, _ = describe_plan(base, module, dtype, module_dtype)
     weights = torch.empty(size, dtype=torch.uint8)
     _C.use_huge_pages(weights.numpy())
-    entries, _, parts, formats = describe_plan(base, module, dtype, weights)
+    entries, _, parts, formats = describe_plan(base, module, dtype, module_dtype, weights)
     return PackedModel(
         weights,
         torch.tensor(entries, dtype=torch.int64),
@@ -257,6 +265,7 @@ def describe_plan(
     base: Checkpoint,
     module: ModuleCheckpoint | None,
     dtype: str | None,
+    module_dtype: str | None = None,
     weights: Tensor | None = None,
 ) -> tuple[list[int], int, tuple[int, int, int], str]:
     """The plan's entries, the bytes of the weights, those of layers, head and module, and the formats.
@@ -264,14 +273,18 @@ def describe_plan(
     weights: uint8 of that size, to be filled; None: the tensors aren't read.
     """
     plan = _Plan(weights)
-    parts = _describe(plan, base, module, dtype)
+    parts = _describe(plan, base, module, dtype, module_dtype)
     plan.entries[2] = len(plan.entries)
     formats = ", ".join(sorted(plan.formats, key=plan.formats.get, reverse=True))
     return plan.entries, plan.bytes, parts, formats
 
 
 def _describe(
-    plan: _Plan, base: Checkpoint, module: ModuleCheckpoint | None, dtype: str | None
+    plan: _Plan,
+    base: Checkpoint,
+    module: ModuleCheckpoint | None,
+    dtype: str | None,
+    module_dtype: str | None,
 ) -> tuple[int, int, int]:
     """Writes the plan in the order of model.h; returns the bytes of layers, head and module."""
     config, tensors = base.config, base.tensors
@@ -311,9 +324,11 @@ def _describe(
 
     before = plan.bytes
     tensors, config = module.tensors, module.config
-    quantised = layer_format(base.tensors["model.layers.0.mlp.down_proj.weight"]) in BLOCKS
-    # A module is small, and what it loses in acceptance costs more than its bytes: 8 bits at least.
-    module_format = "q8_0" if quantised else "f32" if dtype == "f32" else "bf16"
+    if module_dtype is None:
+        # Its bytes cost more than what rounding takes from its guesses, which change no token in verify mode.
+        is_float32 = layer_format(base.tensors["model.layers.0.mlp.down_proj.weight"]) == "f32"
+        module_dtype = "f32" if is_float32 else "q4"
+    module_format, own_head_format = MODULE_DTYPES[module_dtype]
     d = config.hidden_size
     plan.stack(config)
     plan.matrix(tensors["input_proj.weight"], module_format)
@@ -325,7 +340,7 @@ def _describe(
     if config.draft_vocab_size:
         ids = tensors["draft_vocab"].raw_rows(0, config.draft_vocab_size)
         plan.add(len(ids))
-        plan.matrix(head, head_format(head), ids)
+        plan.matrix(head, own_head_format, ids)
         own_head_bytes = 0  # counted with the module's matrices
         plan.vector(ids)
     else:

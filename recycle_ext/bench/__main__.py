@@ -46,6 +46,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help=f"of {', '.join(WIDTHS)}; native: a GGUF's own (default: bf16,q8,q4)",
     )
     parser.add_argument(
+        "--module-dtype",
+        choices=DTYPES,
+        help="the module's weights (default: f32 for a float32 model, else q4)",
+    )
+    parser.add_argument(
         "--cache-dtype",
         choices=CACHE_DTYPES,
         help="our keys and values (default: f32 for a float32 model, else bf16)",
@@ -131,6 +136,7 @@ def check_request(options: argparse.Namespace) -> Request:
         dtypes=dtypes,
         modes=modes,
         cache_dtype=options.cache_dtype,
+        module_dtype=options.module_dtype,
         drafts=options.drafts,
         threads=numbers("--threads", options.threads or str(_C.available_cores()), 256),
         batches=numbers("--batch", options.batch),
@@ -184,6 +190,7 @@ def run(options: argparse.Namespace) -> int:
         "prompt_tokens": request.prompt_tokens,
         "repeats": options.repeats,
         "cache_dtype": options.cache_dtype,
+        "module_dtype": options.module_dtype,
     }
     results = report(entries, settings)
     if results["results"]:

@@ -59,6 +59,7 @@ class Job:
     new_tokens: int  # a sequence
     cache_values: int  # values a position has in the base's cache
     cache_dtype: str | None = None  # of ours; None: the one that goes with the weights
+    module_dtype: str | None = None  # the same
 
     def as_dict(self) -> dict:
         """For JSON."""
@@ -84,6 +85,7 @@ class Request:
     prompt_tokens: int
     peers: list[str]
     cache_dtype: str | None = None
+    module_dtype: str | None = None
 
     def only_standard(self) -> Request:
         """The same without a module."""
@@ -146,6 +148,7 @@ def jobs(
             new_tokens=request.new_tokens,
             cache_values=cache_values(checkpoint.config),
             cache_dtype=request.cache_dtype,
+            module_dtype=request.module_dtype,
         )
 
     found = []

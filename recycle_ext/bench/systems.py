@@ -52,6 +52,7 @@ class Ours:
             job.module or "none",
             dtype=None if width == "native" else width,
             threads=job.contender.threads,
+            module_dtype=job.module_dtype,
         )
         packed = self._model.packed
         self.weight_bytes = packed.weights.numel()

@@ -14,7 +14,7 @@ from recycle_ext import _C
 from recycle_ext.bench.plot import check_plot
 from recycle_ext.bench.report import machine
 from recycle_ext.checkpoint import Checkpoint, open_checkpoint
-from recycle_ext.command_line import exit_status, names, numbers
+from recycle_ext.command_line import add_model_options, exit_status, model_of, names, numbers
 from recycle_ext.errors import RecycleError
 from recycle_ext.eval import bootstrap, cloze, likelihood
 from recycle_ext.eval import prompts as prompt_files
@@ -29,10 +29,8 @@ from recycle_ext.eval.measure import (
 from recycle_ext.eval.plot import plot
 from recycle_ext.eval.prompts import Prompt, categories, first_of_each, read_prompts
 from recycle_ext.eval.report import heading, summaries, tables
-from recycle_ext.generation import Model, load
-from recycle_ext.kv_cache import CACHE_DTYPES
+from recycle_ext.generation import Model
 from recycle_ext.module_checkpoint import default_module
-from recycle_ext.packing import DTYPES
 
 _WARM_UP_TOKENS = 8
 
@@ -58,27 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--only", metavar="LIST", help="these categories (default: all)")
     parser.add_argument("--limit", type=int, metavar="N", help="prompts a category (default: all)")
-    parser.add_argument(
-        "--model",
-        help=".gguf file, Hugging Face directory or hub id (default: SmolLM2-135M-Instruct)",
-    )
-    parser.add_argument(
-        "--module", help="directory of a module (default: the one shipped for the model)"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="weights in memory (default: a GGUF's own, else bf16)"
-    )
-    parser.add_argument(
-        "--cache-dtype",
-        choices=CACHE_DTYPES,
-        help="keys and values (default: f32 for a float32 model, else bf16)",
-    )
-    parser.add_argument(
-        "--threads", type=int, help="default, and at most: the cores this process may use"
-    )
-    parser.add_argument(
-        "--device", default="cpu", help="cpu (default), or an NVIDIA GPU: cuda, cuda:1, ..."
-    )
+    add_model_options(parser)
     parser.add_argument(
         "--drafts",
         default="1",
@@ -160,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
     prompts = chosen_prompts(options)
     items = None if options.no_cloze else cloze.read_cloze(options.cloze)
     checkpoint = open_checkpoint(options.model)
-    model = load(checkpoint.path, options.module, options.dtype, options.threads, options.device)
+    model = model_of(options)
     if model.packed.module_config is None:
         raise RecycleError(
             f"no module is loaded for {checkpoint.config.name}; --module DIR names one, and "
@@ -214,6 +192,7 @@ def settings(
         "module": str(options.module or default_module(checkpoint)),
         "formats": model.packed.formats,
         "dtype": options.dtype,
+        "module_dtype": options.module_dtype,
         "cache_dtype": options.cache_dtype,
         "reference_dtype": options.reference_dtype if options.quality else None,
         "device": options.device,

@@ -24,7 +24,7 @@ from recycle_ext.config import ModuleConfig
 from recycle_ext.errors import RecycleError
 from recycle_ext.hf_directory import read_config
 from recycle_ext.module_checkpoint import ModuleCheckpoint, open_module, save_module
-from recycle_ext.packing import check_sizes
+from recycle_ext.packing import MODULE_DTYPES, check_sizes
 from recycle_ext.reference import BaseModel, RecyclableModule
 from recycle_ext.train.documents import documents, packed
 from recycle_ext.train.draft_vocab import frequent_tokens
@@ -71,6 +71,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="eagle: no norms beside the layers' own, as EAGLE-1 heads are (vLLM reads these)",
     )
     add("--draft-vocab", type=int, default=8192, help="tokens the module may draft; 0: all")
+    add(
+        "--module-dtype",
+        choices=MODULE_DTYPES,
+        default="q4",
+        help="what the module will run in: its matrices are rounded to that while it is trained (not with --joint)",
+    )
     add = parser.add_argument_group("on what").add_argument
     add(
         "--text",
@@ -261,7 +267,8 @@ def frozen_task(options: argparse.Namespace, folder: Path, workers: Workers) -> 
     module.to(workers.device)
     soft, hard = TARGETS[options.targets]
     targets = Targets(soft, hard, options.regression, options.chain, options.chain_from)
-    return FrozenBase(module, reader, states, n_held, draft_vocab, targets, workers)
+    module_format, _ = MODULE_DTYPES[options.module_dtype]
+    return FrozenBase(module, reader, states, n_held, draft_vocab, targets, workers, module_format)
 
 
 def take_weights(module: RecyclableModule, start: ModuleCheckpoint) -> None:

@@ -14,13 +14,11 @@ which is one attention over the keys of all drafts so far, with a mask. (HASS, Z
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from recycle_ext.reference import RecyclableModule
 
 
 class ChainCache:
@@ -60,9 +58,9 @@ class Draft:
 
 
 def chain(
-    module: RecyclableModule, embedding: Tensor, hidden: Tensor, drafts: int
+    module: Callable[..., tuple[Tensor, Tensor]], embedding: Tensor, hidden: Tensor, drafts: int
 ) -> Iterator[Draft]:
-    """Drafts 1 .. ``drafts``. embedding [B, T, d] of x_{i+1} and hidden [B, T, d], h_i, at row i.
+    """Drafts 1 .. ``drafts``. module: as RecyclableModule.forward. embedding [B, T, d] of x_{i+1} and hidden [B, T, d], h_i, at row i.
 
     The guess at row p, of whichever draft, is of x_{p+2}.
     """

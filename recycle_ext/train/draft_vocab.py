@@ -79,6 +79,7 @@ def measure(
     prompts: Sequence[list[int]],
     sizes: Sequence[int],
     dtype: str | None,
+    module_dtype: str | None = None,
 ) -> list[Choice]:
     """Greedy verify mode, one draft a step, with each size; the sizes take turns at each prompt.
 
@@ -90,7 +91,9 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
             ids, coverage = frequent_tokens(tokens, size, base.config.vocab_size)
-            packed = pack_model(base, cut(module, base, ids, Path(folder) / str(size)), dtype)
+            packed = pack_model(
+                base, cut(module, base, ids, Path(folder) / str(size)), dtype, module_dtype
+            )
             decoder = Decoder(packed, "verify", 1, capacity=capacity)
             choices.append(Choice(ids, coverage, packed.module_bytes, decoder))
     for choice in choices:
@@ -131,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--prompts", type=int, default=32, help="sequences held out, to measure with")
     add("--held-out", type=float, default=0.02, help="as given to recycle_ext.train")
     add("--dtype", choices=DTYPES, help="weights in memory (none: a GGUF's own, else bf16)")
+    add("--module-dtype", choices=DTYPES, help="of the module (none: f32 for float32, else q4)")
     add("--threads", type=int, help="none: the cores this process may use")
     options = parser.parse_args(arguments)
     return exit_status(lambda: choose(options))
@@ -156,7 +160,9 @@ def choose(options: argparse.Namespace) -> int:
     tokens = torch.cat([read_shard(file, base.fingerprint)[0] for file in shards])
     n_held = held_out(len(tokens), options.held_out)
     prompts = tokens[-n_held:][: options.prompts, :PROMPT_TOKENS].tolist()
-    choices = measure(module, base, tokens[:-n_held], prompts, sizes, options.dtype)
+    choices = measure(
+        module, base, tokens[:-n_held], prompts, sizes, options.dtype, options.module_dtype
+    )
     print(table(choices))
     best = max(choices, key=lambda choice: choice.tokens / choice.seconds)
     cut(module, base, best.ids, folder)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from recycle_ext.config import ModuleConfig
 from recycle_ext.reference import BaseModel, RecyclableModule
 from recycle_ext.train.chain import acceptance_by_draft, chain
 from recycle_ext.train.losses import head_loss, regression_loss
+from recycle_ext.train.rounding import BLOCK, straight_through
 from recycle_ext.train.states import States, batches
 from recycle_ext.train.trainer import Task
 from recycle_ext.train.workers import Workers
@@ -86,7 +89,7 @@ class FrozenBase(Task):
     token), the token x_{i+2} itself, or both; and, where asked for, the state h_{i+1}.
 
     base: in bfloat16, frozen. states: the last ``held_out`` sequences are not trained on. draft_vocab
-    [n] int64 ascending, or None.
+    [n] int64 ascending, or None. module_format: of packing.FORMATS, in which the module's matrices will run.
     """
 
     def __init__(
@@ -98,9 +101,11 @@ class FrozenBase(Task):
         draft_vocab: Tensor | None,
         targets: Targets,
         workers: Workers,
+        module_format: str = "f32",
     ) -> None:
         super().__init__()
         self.module = module
+        self.module_format = module_format
         self.fingerprint = module.config.base_fingerprint
         # In a list: its weights are not this task's, to be saved, averaged or sent around.
         self._base = [base]
@@ -144,6 +149,17 @@ class FrozenBase(Task):
             hidden[:, 1:],
         )
 
+    def _module_as_it_runs(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The module, its matrices rounded."""
+        if self.module_format == "f32":
+            return self.module
+        weights = {
+            name: straight_through(parameter, self.module_format)
+            for name, parameter in self.module.named_parameters()
+            if parameter.dim() == 2 and parameter.shape[1] % BLOCK == 0
+        }
+        return lambda *inputs: functional_call(self.module, weights, inputs)
+
     def _autocast(self) -> torch.autocast:
         kind = self.workers.device.type
         return torch.autocast(kind, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -157,7 +173,7 @@ class FrozenBase(Task):
         total = 0.0
         parts = 0.0
         with self._autocast():
-            drafts = chain(self.module, embedding, hidden, self.drafts)
+            drafts = chain(self._module_as_it_runs(), embedding, hidden, self.drafts)
             for number, draft in enumerate(drafts):
                 share = targets.decay**number
                 guess = draft.states[:, draft.first :].flatten(0, 1).to(self.dtype)
@@ -186,6 +202,7 @@ class FrozenBase(Task):
         """
         counts = torch.zeros(2, MEASURED_DRAFTS, dtype=torch.int64, device=self.workers.device)
         n_held = len(self.states) - self.n_train
+        module = self._module_as_it_runs()
         for number, part in enumerate(batches(n_held, 8)):
             if number % self.workers.count != self.workers.rank:
                 continue
@@ -193,7 +210,7 @@ class FrozenBase(Task):
             wanted = self._picks(target, self.full_head)
             picks = []
             with self._autocast():
-                for draft in chain(self.module, embedding, hidden, MEASURED_DRAFTS):
+                for draft in chain(module, embedding, hidden, MEASURED_DRAFTS):
                     pick = self._picks(draft.states.to(self.dtype), self.head)
                     picks.append(pick if self.draft_vocab is None else self.draft_vocab[pick])
             following = F.pad(tokens[:, 1:], (0, 1), value=-1)

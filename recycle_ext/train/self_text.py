@@ -24,7 +24,7 @@ HOT_TOKENS = 12
 TEMPERATURES = (0.0, 0.0, 0.7, 1.0)
 TOP_K = 64  # what sampling chooses from
 
-_CHAT, _QUESTION_TOO = 0.55, 0.1  # shares of the prompts, where the base knows chats
+_CHAT, _QUESTION_TOO = 0.5, 0.15  # shares of the prompts, where the base knows chats
 
 
 class Prompts:
@@ -39,7 +39,7 @@ class Prompts:
             if line.startswith("["):
                 self.lists[line.strip("[]")] = current = []
             elif line and not line.startswith("#"):
-                current.append(line)
+                current.append(line.replace("\\n", "\n"))
         self._tokenizer = tokenizer
         self._random = random.Random(seed)
 

@@ -1,0 +1,42 @@
+"""Training with rounded weights: what a module is trained on is what it runs in."""
+
+import pytest
+import torch
+
+from recycle_ext.packing import MODULE_DTYPES, convert_rows
+from recycle_ext.tensor_source import FLOAT_DTYPES
+from recycle_ext.train.rounding import rounded, straight_through
+
+FORMATS = sorted({layers for layers, _ in MODULE_DTYPES.values()})
+
+
+def weights(rows: int = 7, columns: int = 96) -> torch.Tensor:
+    """Of several sizes, with a block of zeros, one of a single value, and one of very small numbers."""
+    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(5))
+    values *= torch.logspace(-4, 2, rows)[:, None]
+    values[1, :32] = 0
+    values[2, 32:64] = 0.75
+    values[3, 64:] *= 1e-6
+    return values
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rounded_weights_are_those_that_packing_stores(format):
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    stored = convert_rows(weights(), format)
+    if format in FLOAT_DTYPES:
+        expected = stored.float()
+    else:
+        kind = GGMLQuantizationType[format.upper()]
+        expected = torch.from_numpy(dequantize(stored.numpy(), kind).copy())
+    assert torch.equal(rounded(weights(), format), expected)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_gradients_pass_as_if_nothing_was_rounded(format):
+    weight = weights().requires_grad_()
+    other = torch.randn(weight.shape, generator=torch.Generator().manual_seed(6))
+    (straight_through(weight, format) * other).sum().backward()
+    torch.testing.assert_close(weight.grad, other, rtol=0, atol=0)
