@@ -6,8 +6,9 @@ import pytest
 import torch
 from models import ARCHITECTURES, reference_base, reference_module, write_base, write_module
 
+from recycle_ext.config import MODULE_DTYPES
 from recycle_ext.decoder import Decoder
-from recycle_ext.packing import MODULE_DTYPES, pack_model
+from recycle_ext.packing import pack_model
 from recycle_ext.reference import KvCache
 from recycle_ext.reference_ops import ReferenceDecoder
 from recycle_ext.train.rounding import rounded

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from models import ARCHITECTURES, write_base, write_module
 
 from recycle_ext import _C
+from recycle_ext.config import DTYPES
 from recycle_ext.decoder import Decoder
 from recycle_ext.kv_cache import CACHE_DTYPES
-from recycle_ext.packing import DTYPES, PackedModel, pack_model
+from recycle_ext.packing import PackedModel, pack_model
 
 NEW_TOKENS = 40
 FOLDER = tempfile.TemporaryDirectory()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from recycle_ext.packing import MODULE_DTYPES, convert_rows
+from recycle_ext.config import MODULE_DTYPES
+from recycle_ext.packing import convert_rows
 from recycle_ext.tensor_source import FLOAT_DTYPES
 from recycle_ext.train.rounding import rounded, straight_through
 

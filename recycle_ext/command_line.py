@@ -7,11 +7,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from recycle_ext.config import DTYPES
 from recycle_ext.decoder import AUTO
 from recycle_ext.errors import RecycleError
 from recycle_ext.generation import Model, load
 from recycle_ext.kv_cache import CACHE_DTYPES
-from recycle_ext.packing import DTYPES
 
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
@@ -43,7 +43,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--module-dtype",
         choices=DTYPES,
-        help="the module's weights (default: f32 for a float32 model, else q4)",
+        help="the module's weights (default: f32 for a float32 model, else what it was trained for, or q8)",
     )
     add(
         "--cache-dtype",

@@ -74,6 +74,16 @@ class ModelConfig:
         return inv_freq
 
 
+# What --dtype may say: the format (packing.FORMATS) of the layers' matrices, and of the embedding and the head.
+DTYPES = {
+    "f32": ("f32", "f32"),
+    "bf16": ("bf16", "bf16"),
+    "q8": ("q8_0", "q8_0"),
+    "q4": ("q4_0", "q8_0"),
+}
+# The same of a module, whose head may be a part of the base's.
+MODULE_DTYPES = DTYPES | {"q4": ("q4_1", "q8_0")}
+
 # Names in a module's config.json, which follow Hugging Face's, and ours.
 _JSON_NAMES = {
     "num_hidden_layers": "n_layers",
@@ -112,6 +122,9 @@ class ModuleConfig:
     draft_vocab_size: int  # 0: the module's head is the whole base head
     base_name: str
     base_fingerprint: str
+    runs_in: str | None = (
+        None  # of MODULE_DTYPES: what its weights are rounded to, as it was trained for
+    )
 
     @classmethod
     def like(
@@ -121,6 +134,7 @@ class ModuleConfig:
         draft_vocab_size: int = 0,
         fingerprint: str = "",
         shape: str = "recycle",
+        runs_in: str | None = None,
     ) -> ModuleConfig:
         """A module of the base's own layers. shape: "recycle", with all norms, or "eagle", an EAGLE-1 head's as
         vLLM reads it, with none beside the layers' own and none before the first layer.
@@ -141,6 +155,7 @@ class ModuleConfig:
                 "draft_vocab_size": draft_vocab_size,
                 "base_name": base.name,
                 "base_fingerprint": fingerprint,
+                "runs_in": runs_in,
             }
         )
 
@@ -166,8 +181,13 @@ class ModuleConfig:
         types = {field.name: field.type for field in dataclasses.fields(cls)}
         if unknown := sorted(values.keys() - types.keys()):
             raise RecycleError(f"{file}: unknown key {unknown[0]!r}")
+        values = {"runs_in": None} | values
         if missing := sorted(types.keys() - values.keys()):
             raise RecycleError(f"{file}: key {missing[0]!r} is missing")
+        if values["runs_in"] not in (None, *MODULE_DTYPES):
+            raise RecycleError(
+                f"{file}: runs_in is {values['runs_in']!r}; it must be one of {', '.join(MODULE_DTYPES)}"
+            )
         for name, kind in types.items():
             allowed = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(kind)
             is_bool = isinstance(values[name], bool)

@@ -52,7 +52,7 @@ def load(
     formats, bf16 for a Hugging Face directory. threads: for the kernels, in the whole process; None, or more
     than this process has cores: one a core, because more would only wait for each other. device: "cpu", or an
     NVIDIA GPU, "cuda" or "cuda:1", to which the packed weights are copied. module_dtype: of the module's weights;
-    None: f32 for a float32 model, else q4, whose rounding costs less than the bytes it saves.
+    None: f32 for a float32 model, else what it was trained for, or q8.
 
     Raises RecycleError for files that are missing, damaged, foreign or don't fit together.
     """

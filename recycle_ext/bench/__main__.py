@@ -17,11 +17,11 @@ from recycle_ext.bench.race import Entry, race
 from recycle_ext.bench.report import heading, phase_tables, report, table
 from recycle_ext.checkpoint import Checkpoint, open_checkpoint
 from recycle_ext.command_line import INTERRUPTED, exit_status, names, number_of_drafts, numbers
+from recycle_ext.config import DTYPES
 from recycle_ext.decoder import AUTO, MODES
 from recycle_ext.errors import RecycleError
 from recycle_ext.kv_cache import CACHE_DTYPES
 from recycle_ext.module_checkpoint import default_module, open_module
-from recycle_ext.packing import DTYPES
 
 WIDTHS = ("native", *DTYPES)
 
@@ -48,7 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--module-dtype",
         choices=DTYPES,
-        help="the module's weights (default: f32 for a float32 model, else q4)",
+        help="the module's weights (default: f32 for a float32 model, else what it was trained for, or q8)",
     )
     parser.add_argument(
         "--cache-dtype",

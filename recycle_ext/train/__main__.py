@@ -20,11 +20,11 @@ import torch
 from tqdm import tqdm
 
 from recycle_ext.checkpoint import Checkpoint, open_checkpoint
-from recycle_ext.config import ModuleConfig
+from recycle_ext.config import MODULE_DTYPES, ModuleConfig
 from recycle_ext.errors import RecycleError
 from recycle_ext.hf_directory import read_config
 from recycle_ext.module_checkpoint import ModuleCheckpoint, open_module, save_module
-from recycle_ext.packing import MODULE_DTYPES, check_sizes
+from recycle_ext.packing import check_sizes
 from recycle_ext.reference import BaseModel, RecyclableModule
 from recycle_ext.train.documents import documents, packed
 from recycle_ext.train.draft_vocab import frequent_tokens
@@ -259,7 +259,12 @@ def frozen_task(options: argparse.Namespace, folder: Path, workers: Workers) -> 
         draft_vocab, coverage = frequent_tokens(used, options.draft_vocab, vocab_size)
         tell(workers, f"the draft vocabulary covers {coverage:.2%} of the text")
     config = ModuleConfig.like(
-        checkpoint.config, options.layers, options.draft_vocab, fingerprint, options.shape
+        checkpoint.config,
+        options.layers,
+        options.draft_vocab,
+        fingerprint,
+        options.shape,
+        options.module_dtype,
     )
     module = initial_module(config, base, options.seed)
     if options.start:

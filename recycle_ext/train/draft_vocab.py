@@ -24,11 +24,12 @@ from recycle_ext import _C
 from recycle_ext.bench.race import rounds
 from recycle_ext.checkpoint import Checkpoint, open_checkpoint
 from recycle_ext.command_line import exit_status, numbers
+from recycle_ext.config import DTYPES
 from recycle_ext.decoder import Decoder
 from recycle_ext.errors import RecycleError
 from recycle_ext.eval.decoding import Run, decode
 from recycle_ext.module_checkpoint import ModuleCheckpoint, open_module, save_module
-from recycle_ext.packing import DTYPES, pack_model
+from recycle_ext.packing import pack_model
 from recycle_ext.train.states import held_out, read_shard
 
 PROMPT_TOKENS, NEW_TOKENS = 48, 96
@@ -134,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--prompts", type=int, default=32, help="sequences held out, to measure with")
     add("--held-out", type=float, default=0.02, help="as given to recycle_ext.train")
     add("--dtype", choices=DTYPES, help="weights in memory (none: a GGUF's own, else bf16)")
-    add("--module-dtype", choices=DTYPES, help="of the module (none: f32 for float32, else q4)")
+    add("--module-dtype", choices=DTYPES, help="of the module (none: what it was trained for)")
     add("--threads", type=int, help="none: the cores this process may use")
     options = parser.parse_args(arguments)
     return exit_status(lambda: choose(options))
