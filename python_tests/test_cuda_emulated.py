@@ -183,10 +183,14 @@ def test_standard_mode_of_every_architecture(tmp_path, library, architecture, ca
     compare(library, decoder_of(packed, cache_dtype=cache_dtype), 6)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16", "q8", "q4"])
-def test_every_width(tmp_path, library, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "module_dtype"),
+    [("f32", None), ("bf16", "bf16"), ("bf16", "q4"), ("q8", "q8"), ("q4", "q4")],
+)
+def test_every_width(tmp_path, library, dtype, module_dtype):
     base = write_base(tmp_path / "base")
-    packed = pack_model(base, write_module(tmp_path / "module", base), dtype)
+    module = write_module(tmp_path / "module", base, draft_vocab_size=37)
+    packed = pack_model(base, module, dtype, module_dtype)
     compare(library, decoder_of(packed, "verify", 2, torch.float32), 6)
 
 

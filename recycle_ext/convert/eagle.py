@@ -30,7 +30,7 @@ from recycle_ext.module_checkpoint import ModuleCheckpoint
 from recycle_ext.shapes import module_shapes
 
 _EAGLE3 = ("midlayer.", "d2t", "t2d")
-_HOW = "`python -m recycle_ext.train --shape eagle` trains one that EAGLE-1 can hold"
+_HOW = "`python -m recycle_ext.train --shape eagle --module-dtype bf16` trains one that EAGLE-1 can hold"
 
 
 def found_in(source: Source) -> bool:
