@@ -88,7 +88,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--self-generate",
         type=int,
-        default=1_277_952,
+        default=3_047_424,
         metavar="TOKENS",
         help="text the base writes, from the prompts in recycle_ext/train/prompts.txt",
     )

@@ -22,7 +22,7 @@ from recycle_ext.train.workers import Workers
 class TrainOptions:
     """What can be set; defaults are those of the shipped module."""
 
-    steps: int = 2200
+    steps: int = 2800
     batch_sequences: int = 16  # of a step, over all processes and micro-batches
     accumulate: int = 1  # micro-batches of a step
     learning_rate: float = 2e-3
