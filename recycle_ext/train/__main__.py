@@ -417,7 +417,9 @@ def train(options: argparse.Namespace, workers: Workers) -> dict[str, float]:
             save(task, folder)
         if len(log.rows) > 1 and log.plot() is None:
             tell(workers, "no plot: it needs matplotlib (`pip install matplotlib`)")
-    return figures or trainer.evaluate()
+    figures = figures or trainer.evaluate()
+    workers.wait()  # one that leaves while another still works ends in an abort, now and then
+    return figures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
