@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 from recycle_ext import _C
 from recycle_ext.fetch import default_model_path
@@ -37,7 +38,7 @@ def isa(request) -> Iterator[str]:
     _C.force_isa(None)
 
 
-THREADS = _C.n_threads()
+THREADS, TORCH_THREADS = _C.n_threads(), torch.get_num_threads()
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,7 @@ def _same_settings_for_every_test() -> Iterator[None]:
     yield
     # Not what it was before this test: a fixture of a whole file may have changed it.
     _C.set_n_threads(THREADS)
+    torch.set_num_threads(TORCH_THREADS)
 
 
 @pytest.fixture(scope="session")

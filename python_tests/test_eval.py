@@ -30,13 +30,6 @@ def model(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("eval") / "base")
 
 
-@pytest.fixture(autouse=True)
-def _torch_keeps_its_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def whole_run(model) -> tuple[str, dict, dict]:
     """What it printed, and the JSON of two runs."""

@@ -36,13 +36,6 @@ def model(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("eval") / "base")
 
 
-@pytest.fixture(autouse=True)
-def _torch_keeps_its_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---- Intervals ---------------------------------------------------------------------------------------
 
 

@@ -122,9 +122,7 @@ class ModuleConfig:
     draft_vocab_size: int  # 0: the module's head is the whole base head
     base_name: str
     base_fingerprint: str
-    runs_in: str | None = (
-        None  # of MODULE_DTYPES: what its weights are rounded to, as it was trained for
-    )
+    runs_in: str | None = None  # of MODULE_DTYPES: what it was trained to run in; None: not said
 
     @classmethod
     def like(
