@@ -1,5 +1,5 @@
 # The kernels for each instruction set are one source compiled with that set's flags; which of them runs is
-# decided at run time (csrc/cpu/isa.cpp). Nothing else gets such flags.
+# decided at run time (csrc/cpu/dispatch.cpp). Nothing else gets such flags.
 include(CheckCXXSourceCompiles)
 
 function(recycle_cpu_options target)
@@ -7,11 +7,11 @@ function(recycle_cpu_options target)
   target_compile_options(${target} PRIVATE -O3 -ffp-contract=off -Wall -Wextra)
 endfunction()
 
-# Adds csrc/cpu/isa/kernels_*.cpp to `target`, and RECYCLE_HAVE_* for what was added: generic always, the
+# Adds csrc/cpu/kernels/kernels_*.cpp to `target`, and RECYCLE_HAVE_* for what was added: generic always, the
 # others where processor and compiler know them. Sets RECYCLE_CPU_TARGETS.
 function(recycle_add_isa_kernels target)
   set(added generic)
-  set(folder ${PROJECT_SOURCE_DIR}/csrc/cpu/isa)
+  set(folder ${PROJECT_SOURCE_DIR}/csrc/cpu/kernels)
   target_sources(${target} PRIVATE ${folder}/kernels_generic.cpp)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
     set(flags_avx2 -mavx2 -mfma -mf16c)

@@ -75,10 +75,10 @@ function(recycle_add_cuda)
   if(NOT RECYCLE_CUDA_FOUND)
     return()
   endif()
-  set(kernels attention gate_up gpu head project qkv sampling sequence single_ops step)
+  set(kernels attention device_info gate_up linear lm_head qkv sampling select single_ops step)
   list(TRANSFORM kernels PREPEND csrc/cuda/)
   list(TRANSFORM kernels APPEND .cu)
-  add_library(recycle_cuda SHARED ${kernels} csrc/cpu/plan.cpp csrc/bindings/cuda_ops.cpp)
+  add_library(recycle_cuda SHARED ${kernels} csrc/common/plan.cpp csrc/bindings/cuda_ops.cpp)
   target_include_directories(recycle_cuda PRIVATE csrc/include csrc/cuda csrc/bindings)
   target_compile_options(recycle_cuda PRIVATE
     $<$<COMPILE_LANGUAGE:CXX>:-O3 -ffp-contract=off -Wall -Wextra>

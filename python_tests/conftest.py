@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recycle_ext import _C
-from recycle_ext.fetch import default_model_path
+from recycle_ext.checkpoint.default_model import default_model_path
 
 # One example may take a while on a shared machine; that is not what is tested.
 hypothesis.settings.register_profile("recycle", deadline=None, derandomize=True)

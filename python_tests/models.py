@@ -11,10 +11,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
-from recycle_ext.checkpoint import Checkpoint, open_checkpoint
-from recycle_ext.config import ModuleConfig
-from recycle_ext.module_checkpoint import ModuleCheckpoint, open_module, save_module
-from recycle_ext.reference import BaseModel, RecyclableModule
+from recycle_ext.checkpoint.base_model import Checkpoint, open_checkpoint
+from recycle_ext.checkpoint.config import ModuleConfig
+from recycle_ext.checkpoint.module import ModuleCheckpoint, open_module, save_module
+from recycle_ext.reference.model import BaseModel, RecyclableModule
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

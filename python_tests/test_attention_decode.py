@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from tolerance import assert_as_good_as
 
-from recycle_ext import _C, reference_ops
-from recycle_ext.config import rope_inv_freq
-from recycle_ext.kv_cache import from_rows, to_rows
-from recycle_ext.reference import rope_tables, rotate
+from recycle_ext import _C
+from recycle_ext.checkpoint.config import rope_inv_freq
+from recycle_ext.ops.functional import rope_tables, apply_rope
+from recycle_ext.reference import ops as reference_ops
+from recycle_ext.reference.ops import from_rows, to_rows
 
 
 def inputs(lengths, rows, n_heads, n_kv_heads, head_dim, capacity, cache_dtype, norms=False):
@@ -102,7 +103,7 @@ def attend_only(arguments, dtype):
     for b, length in enumerate(arguments["lengths"].tolist()):
         positions = torch.arange(length, length + rows)
         cos, sin = rope_tables(arguments["inv_freq"], positions)
-        q = rotate(arguments["q"][b].to(dtype).transpose(0, 1), cos.to(dtype), sin.to(dtype))
+        q = apply_rope(arguments["q"][b].to(dtype).transpose(0, 1), cos.to(dtype), sin.to(dtype))
         seen = arguments["cache"][:, b, :, : length + rows].to(dtype)
         mask = torch.arange(length + rows)[None, :] <= positions[:, None]
         attended = F.scaled_dot_product_attention(

@@ -8,9 +8,9 @@ import pytest
 import torch
 from models import write_base, write_module
 
-from recycle_ext import decoder as decoder_module
-from recycle_ext.decoder import Decoder
-from recycle_ext.packing import PackedModel, pack_model
+from recycle_ext.decoding import decoder as decoder_module
+from recycle_ext.decoding.decoder import Decoder
+from recycle_ext.weights.pack import PackedModel, pack_model
 
 PROMPT = [5, 17, 3, 99, 42, 7]
 CHOICES = [0, 0, 1, 3, 3, 0, 4, 2, 2, 2, 1, 0, 1]
@@ -50,7 +50,7 @@ def test_the_policy_is_followed_and_told_what_happened(packed, monkeypatch):
     decoder.prefill(PROMPT, 0)
     decoder.prefill([1, 2], 2)
     for k in CHOICES:
-        tokens, counts = decoder.step()
+        tokens, counts, *_ = decoder.step()
         assert tokens.shape == (3, k + 1)
         assert script.seen[-1] == (k, [int(counts[0]) - 1, int(counts[2]) - 1], 1)
 
@@ -60,7 +60,7 @@ def test_the_real_policy_writes_what_standard_writes(packed):
     for _ in range(2):
         decoder = Decoder(packed, drafts="auto", capacity=len(PROMPT) + 300)
         assert list(decoder.stream(PROMPT)) == expected
-    (experience,) = packed.experience.values()
+    (experience,) = packed.shared.values()
     assert experience.is_priced(1)
     assert experience.acceptance.means[0] != pytest.approx(0.4)
 
@@ -78,9 +78,9 @@ def test_what_is_learnt_goes_with_the_kind_of_step(packed):
 def test_a_prompt_is_read_by_the_module_too_where_the_first_step_has_no_drafts(packed):
     decoder = Decoder(packed, drafts="auto", capacity=100)
     decoder.policy = Script([0])
-    decoder.set_drafts(0)
+    decoder.set_num_draft_tokens(0)
     decoder.prefill(PROMPT)
-    assert decoder.drafts == 0
+    assert decoder.num_draft_tokens == 0
     assert decoder.lengths.tolist() == [[len(PROMPT)], [len(PROMPT)]]
     assert decoder.module_cache[:, :, 0, :, : len(PROMPT)].any()
 
@@ -94,7 +94,7 @@ class OnCpu:
         self.seconds = 0.0
 
     @property
-    def under_way(self) -> int:
+    def n_started(self) -> int:
         return len(self.results)
 
     def start(self) -> None:
@@ -132,6 +132,6 @@ def test_a_new_prompt_beside_one_under_way(packed, monkeypatch):
     for step in range(15):
         if step == 4:
             decoder.prefill([1, 2, 3], 1)
-        tokens, counts = decoder.step()
+        tokens, counts, *_ = decoder.step()
         out += tokens[0, : counts[0]].tolist()
     assert out == expected[: len(out)]

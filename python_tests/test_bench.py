@@ -19,13 +19,13 @@ from recycle_ext.bench.__main__ import main
 from recycle_ext.bench.contenders import Contender, Job, Request, growth, jobs
 from recycle_ext.bench.peers import LlamaCpp, open_system
 from recycle_ext.bench.plot import plot
-from recycle_ext.bench.race import Entry, race, rounds
 from recycle_ext.bench.report import limit_fraction, summary
 from recycle_ext.bench.same_width import matrix_bytes, write_same_width
 from recycle_ext.bench.story import part
 from recycle_ext.bench.systems import Ours
-from recycle_ext.checkpoint import open_checkpoint
-from recycle_ext.gguf_file import GgufHeader
+from recycle_ext.checkpoint.base_model import open_checkpoint
+from recycle_ext.checkpoint.gguf import GgufHeader
+from recycle_ext.measuring.interleave import Entry, race, rounds
 
 SMALL = ["--new-tokens", "6", "--prompt-tokens", "20", "--context", "5", "--repeats", "2"]
 RESULT_KEYS = {

@@ -18,12 +18,12 @@ from gguf.quants import dequantize, quantize
 from models import ARCHITECTURES, random_tensors, write_base, write_module
 from safetensors.torch import load_file, save_file
 
-from recycle_ext.checkpoint import open_checkpoint
-from recycle_ext.config import RopeScaling
+from recycle_ext.checkpoint.base_model import open_checkpoint
+from recycle_ext.checkpoint.config import RopeScaling
+from recycle_ext.checkpoint.module import open_module, save_module
+from recycle_ext.checkpoint.shapes import module_shapes
 from recycle_ext.errors import RecycleError
-from recycle_ext.module_checkpoint import open_module, save_module
-from recycle_ext.packing import pack_model
-from recycle_ext.shapes import module_shapes
+from recycle_ext.weights.pack import pack_model
 
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 GGUF_ARCHITECTURES = ["llama", "qwen2", "qwen3"]
@@ -437,7 +437,7 @@ def test_a_saved_module_comes_back_bit_for_bit(tmp_path, architecture, options):
         config,
         rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
         zero_first_embedding=True,
-        runs_in="q4",
+        module_dtype="q4",
     )
     tensors = random_tensors(module_shapes(config), seed=5)
     if config.draft_vocab_size:
@@ -452,7 +452,7 @@ def test_a_saved_module_comes_back_bit_for_bit(tmp_path, architecture, options):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "runs_in", "module_dtype", "formats"),
+    ("dtype", "trained_dtype", "module_dtype", "formats"),
     [
         ("f32", "q4", None, {"f32"}),
         ("f32", "q4", "q4", {"f32", "q4_1", "q8_0"}),
@@ -462,12 +462,12 @@ def test_a_saved_module_comes_back_bit_for_bit(tmp_path, architecture, options):
         ("q8", "bf16", None, {"q8_0", "bf16"}),
     ],
 )
-def test_a_module_runs_in_what_was_asked_for_or_else_what_it_was_trained_for(
-    tmp_path, dtype, runs_in, module_dtype, formats
+def test_module_dtype_not_given_is_what_the_module_was_trained_for(
+    tmp_path, dtype, trained_dtype, module_dtype, formats
 ):
     base = write_base(tmp_path / "base")
     write_module(tmp_path / "module", base, draft_vocab_size=20)
-    edit_json(runs_in=runs_in)(tmp_path / "module")
+    edit_json(module_dtype=trained_dtype)(tmp_path / "module")
     packed = pack_model(base, open_module(tmp_path / "module", base), dtype, module_dtype)
     assert set(packed.formats.split(", ")) == formats
 
@@ -490,7 +490,11 @@ def test_a_module_of_another_base_is_refused_by_naming_both(tmp_path):
         (edit_json(head_dim=None), "config.json", "key 'head_dim' is missing"),
         (edit_json(head_dim="16"), "config.json", "head_dim is '16'; it must be int"),
         (edit_json(embed_norm=1), "config.json", "embed_norm is 1; it must be bool"),
-        (edit_json(runs_in="q5"), "config.json", "runs_in is 'q5'; it must be one of f32, bf16"),
+        (
+            edit_json(module_dtype="q5"),
+            "config.json",
+            "module_dtype is 'q5'; it must be one of f32, bf16",
+        ),
         (edit_json(rope_scaling={"factor": 8.0}), "config.json", "rope_scaling: "),
         (edit_json(rope_scaling=BAD_SCALING), "config.json", "rope_scaling: factor is '8'"),
         (edit_json(vocab_size=100), "config.json", "vocab_size is 100; the base model's is 101"),

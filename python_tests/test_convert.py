@@ -13,14 +13,14 @@ from models import random_tensors, reference_base, reference_module, write_base,
 from safetensors.torch import load_file, save_file
 
 from recycle_ext import convert
-from recycle_ext.checkpoint import open_checkpoint
-from recycle_ext.config import ModuleConfig, RopeScaling
+from recycle_ext.checkpoint.base_model import open_checkpoint
+from recycle_ext.checkpoint.config import ModuleConfig, RopeScaling
+from recycle_ext.checkpoint.module import open_module
+from recycle_ext.checkpoint.shapes import layer_shapes
 from recycle_ext.convert import __main__ as command
 from recycle_ext.convert.source import Source
 from recycle_ext.errors import RecycleError
-from recycle_ext.module_checkpoint import open_module
-from recycle_ext.reference import RecyclableModule
-from recycle_ext.shapes import layer_shapes
+from recycle_ext.reference.model import RecyclableModule
 
 WEIGHTS = "model.safetensors"
 EPS = 1e-5

@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: the same sources, compiled as C++ and run a block at a time.
 
-csrc/cuda/emulation.h says how. What a kernel computes is held to the CPU kernels here; speed, races and what
+python_tests/cuda_emulation/emulation.h says how. What a kernel computes is held to the CPU kernels here; speed, races and what
 nvcc makes of it are for python -m recycle_ext.bench --device cuda.
 """
 
@@ -17,15 +17,18 @@ import torch
 from models import ARCHITECTURES, write_base, write_module
 
 from recycle_ext.bench.random_model import SHAPES, random_model
-from recycle_ext.decoder import MODES, Decoder
-from recycle_ext.gpu_prefill import Plan
-from recycle_ext.packing import pack_matrix, pack_model
+from recycle_ext.decoding.decoder import MODES, Decoder
+from recycle_ext.weights.plan import read_plan
+from recycle_ext.weights.layout import pack_matrix
+from recycle_ext.weights.pack import pack_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
-    *sorted(set((ROOT / "csrc" / "cuda").glob("*.cu")) - {ROOT / "csrc" / "cuda" / "gpu.cu"}),
-    ROOT / "csrc" / "cpu" / "plan.cpp",
-    ROOT / "python_tests" / "cuda_emulation.cpp",
+    *sorted(
+        set((ROOT / "csrc" / "cuda").glob("*.cu")) - {ROOT / "csrc" / "cuda" / "device_info.cu"}
+    ),
+    ROOT / "csrc" / "common" / "plan.cpp",
+    ROOT / "python_tests" / "cuda_emulation" / "entry.cpp",
 ]
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -70,6 +73,7 @@ def library(tmp_path_factory) -> ctypes.CDLL:
             "-DRECYCLE_EMULATE_CUDA",
             f"-I{ROOT / 'csrc' / 'include'}",
             f"-I{ROOT / 'csrc' / 'cuda'}",
+            f"-I{ROOT / 'python_tests' / 'cuda_emulation'}",
             *sources,
             "-o",
             str(out),
@@ -115,8 +119,8 @@ class Emulated:
     def take_pending(self, decoder: Decoder) -> None:
         """As many drafts as the decoder has now."""
         self.pending, self.draft_probs = decoder.pending.clone(), decoder.draft_probs.clone()
-        self.state.drafts = decoder.drafts
-        self.state.mode = MODES[decoder.mode if decoder.drafts else "standard"]
+        self.state.drafts = decoder.num_draft_tokens
+        self.state.mode = MODES[decoder.mode if decoder.num_draft_tokens else "standard"]
         self.state.pending = self.pending.data_ptr()
         self.state.draft_probs = self.draft_probs.data_ptr()
         size = self.library.emulated_scratch_bytes(ctypes.byref(self.state))
@@ -145,9 +149,9 @@ def compare(library, decoder, steps, changes=()) -> int:
     accepted = 0
     for step in range(steps):
         if changes:
-            decoder.set_drafts(changes[step % len(changes)])
+            decoder.set_num_draft_tokens(changes[step % len(changes)])
             emulated.take_pending(decoder)
-        tokens, counts = decoder.step()
+        tokens, counts, *_ = decoder.step()
         ours = emulated.step()
         assert torch.equal(ours[0], tokens)
         assert torch.equal(ours[1], counts)
@@ -270,7 +274,7 @@ def test_the_lowest_token_wins_among_equal_logits(library):
     head = torch.zeros(1040, config.hidden_size)
     head[[5, 64]] = torch.randn(config.hidden_size, generator=torch.Generator().manual_seed(1))
     head[[21, 80]] = -head[5]
-    matrix = Plan(packed.weights, packed.plan).head
+    matrix = read_plan(packed.weights, packed.plan).head
     matrix.panels().copy_(pack_matrix(head, "bf16").view(-1, matrix.panel_bytes()))
     decoder = decoder_of(packed)
     emulated = Emulated(library, decoder)
@@ -341,7 +345,7 @@ def test_verify_writes_the_bits_of_standard(tmp_path, library, dtype, drafts):
     while len(ids) < 20:
         ids += standard.step()[0][0].tolist()
     while len(others) < 20:
-        tokens, counts = verify.step()
+        tokens, counts, *_ = verify.step()
         others += tokens[1, : counts[1]].tolist()
     assert ids[:20] == others[:20]
     rows = len(PROMPT) + 18
@@ -354,7 +358,7 @@ def test_a_logit_that_is_no_number_is_reported_and_the_state_stays(tmp_path, lib
     emulated = Emulated(library, decoder_of(packed, "verify", 2, prompts=[PROMPT, PROMPT]))
     emulated.base_cache[0, 1, 0, 0, 2] = float("nan")
     before = emulated.pending[0].clone(), emulated.lengths[:, 0].clone()
-    tokens, counts = emulated.step()
+    tokens, counts, *_ = emulated.step()
     assert counts[0] == -1
     assert counts[1] > 0
     assert tokens[0].tolist() == [-1] * 3
@@ -376,7 +380,7 @@ def test_lengths_and_tokens_out_of_range_touch_nothing(tmp_path, library, length
     if pending is not None:
         emulated.pending[0, 1] = pending
     caches = emulated.base_cache[:, :, 0].clone(), emulated.module_cache[:, :, 0].clone()
-    tokens, counts = emulated.step()
+    tokens, counts, *_ = emulated.step()
     assert counts[0] == -2
     assert counts[1] > 0
     assert tokens[0].tolist() == [-1] * 3
@@ -400,7 +404,7 @@ def test_the_last_token_of_a_prompt(tmp_path, library, mode, drafts, temperature
     emulated.pending[1] = 0
     emulated.pending[1, 0] = PROMPT[-1]
     emulated.lengths[0, 1] = len(PROMPT) - 1
-    emulated.lengths[1, 1] = len(PROMPT) - 1 if decoder.drafts else 0
+    emulated.lengths[1, 1] = len(PROMPT) - 1 if decoder.num_draft_tokens else 0
     tokens, counts = emulated.step(first_of=1)
     assert counts.tolist() == [0, 1]
     assert tokens[1, 0] == decoder.pending[1, 0]
@@ -409,6 +413,6 @@ def test_the_last_token_of_a_prompt(tmp_path, library, mode, drafts, temperature
     torch.testing.assert_close(emulated.draft_probs, decoder.draft_probs, rtol=1e-4, atol=1e-6)
     rows = len(PROMPT)
     caches = [(emulated.base_cache, decoder.base_cache)]
-    caches += [(emulated.module_cache, decoder.module_cache)] if decoder.drafts else []
+    caches += [(emulated.module_cache, decoder.module_cache)] if decoder.num_draft_tokens else []
     for ours, theirs in caches:
         torch.testing.assert_close(ours[:, :, 1, :, :rows], theirs[:, :, 1, :, :rows])

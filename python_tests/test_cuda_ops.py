@@ -6,11 +6,11 @@ import pytest
 import torch
 from models import write_base, write_module
 
-from recycle_ext.decoder import Decoder
+from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.errors import RecycleError
-from recycle_ext.generation import load
-from recycle_ext.ops import HAS_CUDA_OPS
-from recycle_ext.packing import pack_model
+from recycle_ext.generate.model import load
+from recycle_ext.ops.registration import HAS_CUDA_OPS
+from recycle_ext.weights.pack import pack_model
 
 needs_cuda_ops = pytest.mark.skipif(
     not HAS_CUDA_OPS, reason="needs a CUDA build of torch and of recycle_ext"

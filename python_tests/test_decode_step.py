@@ -6,12 +6,12 @@ import pytest
 import torch
 from models import ARCHITECTURES, reference_base, reference_module, write_base, write_module
 
-from recycle_ext.config import MODULE_DTYPES
-from recycle_ext.decoder import Decoder
-from recycle_ext.packing import pack_model
-from recycle_ext.reference import KvCache
-from recycle_ext.reference_ops import ReferenceDecoder
+from recycle_ext.checkpoint.config import MODULE_DTYPES
+from recycle_ext.decoding.decoder import Decoder
+from recycle_ext.reference.model import KvCache
+from recycle_ext.reference.ops import ReferenceDecoder
 from recycle_ext.train.rounding import rounded
+from recycle_ext.weights.pack import pack_model
 
 PROMPT = [5, 17, 3, 99, 42, 7]
 STEPS = 24
@@ -59,11 +59,11 @@ def compare(base, module, mode, drafts, changes=(), module_dtype="f32", **sampli
     accepted = 0
     for step in range(STEPS):
         if changes:
-            ours.set_drafts(changes[step % len(changes)])
-            reference.set_drafts(changes[step % len(changes)])
-        tokens, counts = ours.step()
+            ours.set_num_draft_tokens(changes[step % len(changes)])
+            reference.set_num_draft_tokens(changes[step % len(changes)])
+        tokens, counts, *_ = ours.step()
         expected = reference.step()
-        assert tokens[0].tolist() == expected + [-1] * (ours.drafts + 1 - len(expected))
+        assert tokens[0].tolist() == expected + [-1] * (ours.num_draft_tokens + 1 - len(expected))
         assert counts.tolist() == [len(expected)]
         assert ours.pending[0].tolist() == reference.pending
         assert ours.lengths[:, 0].tolist() == lengths_of(reference)
@@ -117,8 +117,8 @@ def test_after_standard_steps_the_module_reads_on_as_if_they_were_not_there(
     decoder = Decoder(packed, "verify", 3, capacity=100, cache_dtype=torch.float32)
     text, read = [*PROMPT, decoder.prefill(PROMPT)], list(range(len(PROMPT)))
     for drafts in (3, 0, 0, 0, 1, 2, 0, 0, 3):
-        decoder.set_drafts(drafts)
-        tokens, counts = decoder.step()
+        decoder.set_num_draft_tokens(drafts)
+        tokens, counts, *_ = decoder.step()
         if drafts:
             read += range(len(text) - 1, len(text) - 1 + int(counts[0]))
         text += tokens[0, : counts[0]].tolist()
@@ -143,14 +143,14 @@ def test_a_module_that_has_read_nothing_can_still_draft(tmp_path):
     verify = Decoder(packed, "verify", 2, capacity=100)
     standard.prefill(PROMPT)
     verify.prefill([9, 9, 9])
-    verify.set_drafts(0)
+    verify.set_num_draft_tokens(0)
     torch.ops.recycle.prefill(*verify.arguments(), 0, torch.tensor(PROMPT))
     assert verify.lengths.tolist() == [[len(PROMPT)], [0]]
-    verify.set_drafts(2)
+    verify.set_num_draft_tokens(2)
     expected = [int(standard.step()[0]) for _ in range(12)]
     given = []
     while len(given) < 12:
-        tokens, counts = verify.step()
+        tokens, counts, *_ = verify.step()
         given += tokens[0, : counts[0]].tolist()
     assert given[:12] == expected
     assert verify.lengths[:, 0].tolist() == [len(PROMPT) + len(given), len(given)]
@@ -198,7 +198,7 @@ def test_an_idle_sequence_is_left_alone(tmp_path):
     base = write_base(tmp_path)
     decoder = Decoder(pack_model(base, None, "f32"), "standard", batch=2, capacity=50)
     decoder.prefill(PROMPT, 1)
-    tokens, counts = decoder.step()
+    tokens, counts, *_ = decoder.step()
     assert counts.tolist() == [0, 1]
     assert tokens[0].tolist() == [-1]
     assert decoder.lengths.tolist() == [[0, len(PROMPT) + 1], [0, 0]]

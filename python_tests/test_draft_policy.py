@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from recycle_ext.draft_policy import Acceptance, DraftPolicy, Experience
+from recycle_ext.decoding.draft_policy import Acceptance, DraftPolicy, Experience
 
 MOST = 4
 USELESS = (0.03, 0.0, 0.0, 0.0)

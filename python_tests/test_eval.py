@@ -19,7 +19,7 @@ from eval_model import (
     write_model,
 )
 
-from recycle_ext.checkpoint import open_checkpoint
+from recycle_ext.checkpoint.base_model import open_checkpoint
 from recycle_ext.eval import bootstrap, measure
 from recycle_ext.eval.__main__ import main
 from recycle_ext.eval.decoding import decode

@@ -17,16 +17,16 @@ from eval_model import (
 )
 from models import reference_base, reference_module
 
-from recycle_ext.checkpoint import open_checkpoint
-from recycle_ext.decoder import Decoder
+from recycle_ext.checkpoint.base_model import open_checkpoint
+from recycle_ext.checkpoint.module import open_module
+from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.eval import bootstrap, cloze, prompts
 from recycle_ext.eval.__main__ import main
 from recycle_ext.eval.decoding import Run, common_tokens, count_step, decode
 from recycle_ext.eval.likelihood import load_base, read
 from recycle_ext.eval.report import cloze_figures
-from recycle_ext.module_checkpoint import open_module
-from recycle_ext.packing import pack_model
-from recycle_ext.reference_ops import ReferenceDecoder
+from recycle_ext.reference.ops import ReferenceDecoder
+from recycle_ext.weights.pack import pack_model
 
 CATEGORIES = ["story", "chat", "code", "question", "summary", "list", "arithmetic"]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from recycle_ext import fetch
+from recycle_ext.checkpoint import default_model as fetch
 from recycle_ext.errors import RecycleError
 
 CONTENT = os.urandom(3 << 20)
@@ -135,7 +135,7 @@ def test_a_full_disk_is_reported(cache, tmp_path):
     # A limit on the size of files fails a write as a full disk does.
     program = textwrap.dedent("""\
         import resource, signal, sys
-        from recycle_ext import fetch
+        from recycle_ext.checkpoint import default_model as fetch
         from recycle_ext.errors import RecycleError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         sys.executable, fetch.GGUF_BYTES, fetch.GGUF_SHA256 = sys.argv[1], int(sys.argv[2]), sys.argv[3]

@@ -184,8 +184,8 @@ def test_standard_input_that_is_no_text():
 def test_a_module_of_another_base_is_refused(tmp_path, default_model):
     base = write_base(tmp_path)
     # The shipped module, offered to a model it wasn't trained for.
-    from recycle_ext.checkpoint import open_checkpoint
-    from recycle_ext.module_checkpoint import default_module
+    from recycle_ext.checkpoint.base_model import open_checkpoint
+    from recycle_ext.checkpoint.module import default_module
 
     module = default_module(open_checkpoint(default_model))
     done = command("x", "--model", base.path, "--module", module)

@@ -9,10 +9,11 @@ from test_attention_decode import cast, inputs
 from test_recycle_head import EPS, case
 from tolerance import assert_as_good_as
 
-from recycle_ext import reference_ops
-from recycle_ext.decoder import Decoder
-from recycle_ext.ops import HAS_CUDA_OPS
-from recycle_ext.packing import FORMATS, pack_model
+from recycle_ext.decoding.decoder import Decoder
+from recycle_ext.ops.registration import HAS_CUDA_OPS
+from recycle_ext.reference import ops as reference_ops
+from recycle_ext.weights.layout import FORMATS
+from recycle_ext.weights.pack import pack_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -178,7 +179,7 @@ def test_verify_writes_the_bits_of_standard(tmp_path, dtype, drafts):
     while len(ids) < 60:
         ids += standard.step()[0][0].tolist()
     while len(others) < 60:
-        tokens, counts = verify.step()
+        tokens, counts, *_ = verify.step()
         others += tokens[1, : counts[1]].tolist()
     assert ids[:60] == others[:60]
     rows = len(PROMPT) + 58
@@ -195,7 +196,7 @@ def test_steps_of_different_widths(tmp_path, temperature):
     accepted = 0
     for drafts in [3, 1, 0, 0, 4, 4, 2, 0, 1, 1, 3] * 2:
         for decoder in decoders:
-            decoder.set_drafts(drafts)
+            decoder.set_num_draft_tokens(drafts)
         accepted += compare(*decoders, 1)
     assert accepted > 0
 

@@ -8,20 +8,22 @@ from models import ARCHITECTURES, reference_base, write_base, write_module
 from test_recycle_head import dequantised
 from tolerance import assert_as_good_as
 
-from recycle_ext import gpu_prefill
-from recycle_ext.decoder import Decoder
-from recycle_ext.gpu_prefill import Matrix, Plan, fill_caches
-from recycle_ext.packing import FORMATS, pack_matrix, pack_model
-from recycle_ext.reference import KvCache
+from recycle_ext.decoding.decoder import Decoder
+from recycle_ext.ops import cuda_prefill
+from recycle_ext.ops.cuda_prefill import fill_caches
+from recycle_ext.reference.model import KvCache
+from recycle_ext.weights.layout import FORMATS, Matrix, pack_matrix
+from recycle_ext.weights.pack import pack_model
+from recycle_ext.weights.plan import read_plan
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (17, 96), (64, 64), (33, 160)])
 def test_a_matrix_is_unpacked_exactly(format, n, k):
     matrix = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k))
-    packed = Matrix(pack_matrix(matrix, format), 0, FORMATS[format], n, k)
+    packed = Matrix(pack_matrix(matrix, format), 0, format, n, k)
     exact = dequantised(matrix, format)
-    assert torch.equal(packed.all(), exact.to(packed.dtype))
+    assert torch.equal(packed.unpacked(), exact.to(packed.compute_dtype))
     ids = torch.tensor([n - 1, 0, n // 2, n - 1])
     assert torch.equal(packed.rows(ids), exact[ids].float())
 
@@ -38,7 +40,7 @@ def compare(base, module, dtype, length, tolerance):
     )  # fmt: skip
     expected.prefill(prompt.tolist(), 1)
     fill_caches(
-        Plan(packed.weights, packed.plan),
+        read_plan(packed.weights, packed.plan),
         ours.base_cache,
         ours.module_cache if module else None,
         1,
@@ -72,7 +74,7 @@ def test_every_kind_of_module(tmp_path, kind):
 
 @pytest.mark.parametrize("length", [1, 2, 16, 17, 100])
 def test_prompts_longer_than_one_pass(tmp_path, monkeypatch, length):
-    monkeypatch.setattr(gpu_prefill, "ROWS", 16)
+    monkeypatch.setattr(cuda_prefill, "ROWS_PER_PASS", 16)
     base = write_base(tmp_path / "base")
     compare(base, write_module(tmp_path / "module", base), "f32", length, 2e-5)
 
@@ -82,7 +84,7 @@ def test_in_bfloat16_it_is_as_exact_as_the_model_in_pytorch(tmp_path):
     prompt = torch.randint(0, 101, (40,), generator=torch.Generator().manual_seed(3))
     packed = pack_model(base, None, "bf16")
     ours = Decoder(packed, "standard", capacity=300, cache_dtype=torch.bfloat16).base_cache
-    fill_caches(Plan(packed.weights, packed.plan), ours, None, 0, prompt)
+    fill_caches(read_plan(packed.weights, packed.plan), ours, None, 0, prompt)
     exact, native = KvCache(), KvCache()
     reference_base(base)(prompt[None, :-1], exact)
     reference_base(base, torch.bfloat16)(prompt[None, :-1], native)

@@ -15,8 +15,8 @@ from recycle_ext.bench.gpu_report import bars, figures, heading, table
 from recycle_ext.bench.plain_torch import StaticDecoder
 from recycle_ext.bench.plot import plot
 from recycle_ext.bench.random_model import SHAPES, random_model
-from recycle_ext.decoder import Decoder
-from recycle_ext.shapes import base_shapes, module_shapes
+from recycle_ext.checkpoint.shapes import base_shapes, module_shapes
+from recycle_ext.decoding.decoder import Decoder
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "q8", "q4"])

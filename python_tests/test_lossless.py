@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from models import ARCHITECTURES, write_base, write_module
 
 from recycle_ext import _C
-from recycle_ext.config import DTYPES
-from recycle_ext.decoder import Decoder
-from recycle_ext.kv_cache import CACHE_DTYPES
-from recycle_ext.packing import PackedModel, pack_model
+from recycle_ext.checkpoint.config import DTYPES
+from recycle_ext.decoding.decoder import Decoder
+from recycle_ext.decoding.kv_cache import CACHE_DTYPES
+from recycle_ext.weights.pack import PackedModel, pack_model
 
 NEW_TOKENS = 40
 FOLDER = tempfile.TemporaryDirectory()
@@ -48,8 +48,8 @@ def decode(packed, mode, drafts, prompts, cache_dtype, changes=()) -> tuple[list
     accepted = 0
     while any(len(tokens) < NEW_TOKENS for tokens in out):
         if (changed := next(changes, None)) is not None:
-            decoder.set_drafts(changed)
-        tokens, counts = decoder.step()
+            decoder.set_num_draft_tokens(changed)
+        tokens, counts, *_ = decoder.step()
         for b, count in enumerate(counts.tolist()):
             out[b] += tokens[b, :count].tolist()
             accepted += max(count - 1, 0)
@@ -136,7 +136,7 @@ def test_sequences_join_and_leave_without_disturbing_the_others():
         if step == 45:
             decoder.release(0)
             out[2], slots[0] = [decoder.prefill(prompts[2], 0)], 2
-        tokens, counts = decoder.step()
+        tokens, counts, *_ = decoder.step()
         for slot, sequence in slots.items():
             out[sequence] += tokens[slot, : counts[slot]].tolist()
     for sequence, tokens in out.items():

@@ -6,9 +6,10 @@ import pytest
 import torch
 from models import write_base, write_module
 
-from recycle_ext.decoder import Decoder
+from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.errors import RecycleError
-from recycle_ext.packing import pack_matrix, pack_model
+from recycle_ext.weights.layout import pack_matrix
+from recycle_ext.weights.pack import pack_model
 
 STEP = [
     "weights",
@@ -218,9 +219,9 @@ def test_the_decoder_names_the_wrong_argument(packed, arguments, message):
 
 def test_a_change_of_drafts_that_cannot_be_is_refused(packed):
     with pytest.raises(RecycleError, match="drafts is 3; it must be 0 to 2"):
-        Decoder(packed, "verify", 2).set_drafts(3)
+        Decoder(packed, "verify", 2).set_num_draft_tokens(3)
     with pytest.raises(RecycleError, match="mode is 'alternate'; drafts can be changed in verify"):
-        Decoder(packed, "alternate", 2).set_drafts(1)
+        Decoder(packed, "alternate", 2).set_num_draft_tokens(1)
 
 
 def test_a_mode_that_needs_a_module_says_so(tmp_path):

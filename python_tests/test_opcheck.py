@@ -6,8 +6,9 @@ import pytest
 import torch
 from models import write_base, write_module
 
-from recycle_ext.decoder import Decoder
-from recycle_ext.packing import pack_matrix, pack_model
+from recycle_ext.decoding.decoder import Decoder
+from recycle_ext.weights.layout import pack_matrix
+from recycle_ext.weights.pack import pack_model
 
 TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -59,7 +60,7 @@ def test_decode_step_and_prefill(tmp_path, mode, temperature):
     torch.library.opcheck(torch.ops.recycle.prefill.default, prompt, test_utils=TESTS)
 
 
-def test_a_step_runs_inside_torch_compile(tmp_path):
+def test_a_step_module_dtypeside_torch_compile(tmp_path):
     base = write_base(tmp_path)
     packed = pack_model(base, None, "bf16")
     eager, compiled = (Decoder(packed, "standard", capacity=40) for _ in range(2))

@@ -11,8 +11,8 @@ import torch
 from models import write_base
 
 from recycle_ext import _C
-from recycle_ext.decoder import Decoder
-from recycle_ext.packing import pack_model
+from recycle_ext.decoding.decoder import Decoder
+from recycle_ext.weights.pack import pack_model
 
 
 @pytest.fixture

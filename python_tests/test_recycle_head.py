@@ -6,9 +6,10 @@ import pytest
 import torch
 from tolerance import assert_as_good_as, error
 
-from recycle_ext import _C, reference_ops
-from recycle_ext.packing import FORMATS, convert_rows, pack_matrix
-from recycle_ext.tensor_source import BLOCKS
+from recycle_ext import _C
+from recycle_ext.checkpoint.tensor_source import BLOCKS
+from recycle_ext.reference import ops as reference_ops
+from recycle_ext.weights.layout import FORMATS, convert_rows, pack_matrix
 
 EPS = 1e-5
 

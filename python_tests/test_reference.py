@@ -7,8 +7,8 @@ import torch
 from models import write_base
 from tolerance import error
 
-from recycle_ext.config import RopeScaling, rope_inv_freq
-from recycle_ext.reference import BaseModel, KvCache
+from recycle_ext.checkpoint.config import RopeScaling, rope_inv_freq
+from recycle_ext.reference.model import BaseModel, KvCache
 
 transformers = pytest.importorskip("transformers", reason="the extra `test` brings it")
 

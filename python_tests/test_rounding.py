@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from recycle_ext.config import MODULE_DTYPES
-from recycle_ext.packing import convert_rows
-from recycle_ext.tensor_source import FLOAT_DTYPES
+from recycle_ext.checkpoint.config import MODULE_DTYPES
+from recycle_ext.checkpoint.tensor_source import FLOAT_DTYPES
 from recycle_ext.train.rounding import rounded, straight_through
+from recycle_ext.weights.layout import convert_rows
 
 FORMATS = sorted({layers for layers, _ in MODULE_DTYPES.values()})
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from models import reference_base, write_base, write_module
 
-from recycle_ext.decoder import Decoder
-from recycle_ext.packing import pack_model
-from recycle_ext.reference_ops import distribution
+from recycle_ext.decoding.decoder import Decoder
+from recycle_ext.reference.ops import distribution
+from recycle_ext.weights.pack import pack_model
 
 PROMPT = [3, 1, 4]
 VOCAB = 8
@@ -54,7 +54,7 @@ def sample(packed, mode, drafts, temperature, top_k, top_p, changing=False) -> t
         rows = [[decoder.prefill(PROMPT, b)] for b in range(BATCH)]
         while min(map(len, rows)) < TOKENS:
             if changing:
-                decoder.set_drafts(chance.randint(0, drafts))
+                decoder.set_num_draft_tokens(chance.randint(0, drafts))
             tokens, grown = decoder.step()
             for b in range(BATCH):
                 rows[b] += tokens[b, : grown[b]].tolist()

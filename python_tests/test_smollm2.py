@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import recycle_ext
-from recycle_ext.checkpoint import open_checkpoint
-from recycle_ext.reference import BaseModel
+from recycle_ext.checkpoint.base_model import open_checkpoint
+from recycle_ext.reference.model import BaseModel
 
 PROMPTS = [
     "Once upon a time, in a small village by the sea,",

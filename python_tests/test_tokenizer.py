@@ -14,10 +14,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from recycle_ext.checkpoint import open_checkpoint
+from recycle_ext.checkpoint.base_model import open_checkpoint
+from recycle_ext.checkpoint.gguf import GgufHeader
 from recycle_ext.errors import RecycleError
-from recycle_ext.gguf_file import GgufHeader
-from recycle_ext.tokenizer import from_gguf
+from recycle_ext.text.tokenizer import from_gguf
 
 TEXTS = [
     "Once upon a time, in a small village by the sea,",

@@ -14,12 +14,11 @@ from safetensors.torch import load_file
 
 import recycle_ext
 from recycle_ext import train as package
-from recycle_ext.config import ModuleConfig
-from recycle_ext.decoder import Decoder
+from recycle_ext.checkpoint.config import ModuleConfig
+from recycle_ext.checkpoint.module import open_module, save_module
+from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.errors import RecycleError
-from recycle_ext.module_checkpoint import open_module, save_module
-from recycle_ext.ops import HAS_CUDA_OPS
-from recycle_ext.packing import pack_model
+from recycle_ext.ops.registration import HAS_CUDA_OPS
 from recycle_ext.train import __main__ as command
 from recycle_ext.train import draft_vocab
 from recycle_ext.train.draft_vocab import frequent_tokens
@@ -27,6 +26,7 @@ from recycle_ext.train.frozen import FrozenBase, Targets, initial_module
 from recycle_ext.train.states import States
 from recycle_ext.train.trainer import Trainer, TrainOptions
 from recycle_ext.train.workers import Workers
+from recycle_ext.weights.pack import pack_model
 
 VOCAB = 40
 ALONE = Workers(0, 1, torch.device("cpu"))

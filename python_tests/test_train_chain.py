@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from models import reference_base, reference_module, write_base, write_module
 
-from recycle_ext.reference import KvCache
+from recycle_ext.reference.model import KvCache
 from recycle_ext.train.chain import acceptance_by_draft, chain
 
 

@@ -18,13 +18,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from recycle_ext.checkpoint import open_checkpoint
-from recycle_ext.config import ModuleConfig
+from recycle_ext.checkpoint.base_model import open_checkpoint
+from recycle_ext.checkpoint.config import ModuleConfig
+from recycle_ext.checkpoint.module import open_module, save_module
 from recycle_ext.convert import __main__ as convert
-from recycle_ext.decoder import Decoder
-from recycle_ext.module_checkpoint import open_module, save_module
-from recycle_ext.packing import pack_model
-from recycle_ext.reference import BaseModel, RecyclableModule
+from recycle_ext.decoding.decoder import Decoder
+from recycle_ext.reference.model import BaseModel, RecyclableModule
+from recycle_ext.weights.pack import pack_model
 
 pytestmark = pytest.mark.vllm
 HERE = Path(__file__).parent
@@ -122,7 +122,7 @@ def here(base, module, prompts):
         decoder = Decoder(packed, "verify", 1, capacity=512, cache_dtype=torch.float32)
         out = [decoder.prefill(prompt)]
         while len(out) < NEW_TOKENS:
-            tokens, counts = decoder.step()
+            tokens, counts, *_ = decoder.step()
             out += tokens[0, : counts[0]].tolist()
             drafts += 1
         ids.append(out[:NEW_TOKENS])

@@ -1,4 +1,4 @@
-"""RecycleGPT decoding for Llama-family models: two tokens for little more than one.
+"""Lossless speculative decoding for Llama-family models with a recyclable module (RecycleGPT, arXiv 2308.03421).
 
 The shortest use:
 
@@ -61,9 +61,16 @@ _need_torch()
 if importlib.util.find_spec(f"{__name__}._C") is None:
     _import_installed_package()
 else:
-    from recycle_ext import ops  # noqa: F401  (registers torch.ops.recycle.*)
-    from recycle_ext.decoder import Decoder
+    from recycle_ext import former_names
+    from recycle_ext.decoding.decoder import Decoder
     from recycle_ext.errors import RecycleError
-    from recycle_ext.generation import Model, Statistics, generate, load
+
+    # The import of the package recycle_ext.generate binds that name; the function then takes the name for good.
+    from recycle_ext.generate import generate
+    from recycle_ext.generate.generation import Statistics
+    from recycle_ext.generate.model import Model, load
+    from recycle_ext.ops import registration  # noqa: F401  (registers torch.ops.recycle.*)
+
+    former_names.install()
 
     __all__ = ["Decoder", "Model", "RecycleError", "Statistics", "generate", "load"]

@@ -1,6 +1,6 @@
 // The ops on a GPU: checks, and the calls to csrc/cuda. In a library of its own, which recycle_ext loads where torch
 // has CUDA; the schemas are in ops.cpp. Nothing here waits for the GPU, so that a user's CUDA graph can hold it:
-// what stands in the GPU's memory (lengths, tokens) the kernels check themselves, see csrc/cuda/sequence.h.
+// what stands in the GPU's memory (lengths, tokens) the kernels check themselves, see csrc/cuda/select.h.
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,10 +9,10 @@
 #include <optional>
 #include <tuple>
 
-#include "gpu.h"
+#include "device_info.h"
 #include "recycle/format.h"
 #include "single_ops.h"
-#include "state.h"
+#include "check_arguments.h"
 
 namespace recycle::bindings {
 
@@ -198,7 +198,7 @@ int64_t gpu_scratch_bytes(const Tensor& plan, int64_t weights_bytes, int64_t bat
 }  // namespace recycle::bindings
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recycle, m) {
-  // The end of a prefill, which recycle_ext/gpu_prefill.py does up to a prompt's last token: a step of that one
+  // The end of a prefill, which recycle_ext/ops/cuda_prefill.py does up to a prompt's last token: a step of that one
   // sequence, which then has its first new token and drafts. pending[sequence][0] is that last token.
   m.def(
       "finish_prefill(Tensor weights, Tensor plan, Tensor(a!) base_cache, Tensor(b!) module_cache, "

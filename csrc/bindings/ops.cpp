@@ -11,14 +11,14 @@
 #include <optional>
 #include <tuple>
 
-#include "checks.h"
+#include "check_tensor.h"
 #include "recycle/attention.h"
 #include "recycle/decode_step.h"
 #include "recycle/format.h"
 #include "recycle/head.h"
 #include "recycle/model.h"
 #include "recycle/parallel.h"
-#include "state.h"
+#include "check_arguments.h"
 
 namespace recycle::bindings {
 

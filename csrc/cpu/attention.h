@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "isa.h"
+#include "kernels.h"
 #include "recycle/arena.h"
 #include "recycle/kv_cache.h"
 #include "recycle/parallel.h"

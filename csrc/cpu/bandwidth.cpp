@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "huge_pages.h"
-#include "isa.h"
+#include "kernels.h"
 #include "recycle/parallel.h"
 
 namespace recycle {

@@ -16,8 +16,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "forward.h"
-#include "head.h"
+#include "transformer.h"
+#include "lm_head.h"
 #include "pack.h"
 #include "recycle/arena.h"
 #include "recycle/random.h"

@@ -9,7 +9,7 @@
 #include <functional>
 #include <limits>
 
-#include "isa.h"
+#include "kernels.h"
 
 namespace recycle {
 

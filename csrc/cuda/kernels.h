@@ -2,7 +2,7 @@
 // memory. A call only starts a kernel: nothing waits, nothing is allocated.
 #pragma once
 
-#include "products.h"
+#include "gemv.cuh"
 #include "recycle/decode_step.h"
 
 namespace recycle::cuda {

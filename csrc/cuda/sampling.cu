@@ -8,7 +8,7 @@
 // since the order of atomic additions isn't fixed and those of floats would show it. Rejected: sorting.
 #include "sampling.h"
 
-#include "products.h"
+#include "gemv.cuh"
 
 namespace recycle::cuda {
 

@@ -1,4 +1,4 @@
-// The parts of a step that are ops of their own. What they do is in attention.cu, head.cu and sampling.cu; here
+// The parts of a step that are ops of their own. What they do is in attention.cu, lm_head.cu and sampling.cu; here
 // are the few numbers that a step has at hand and a single call has not.
 #include "single_ops.h"
 

@@ -2,12 +2,12 @@
 // and v; attention; output; gate and up; down), and between the passes stands one for the choice or a draft.
 //
 // Bounded by reading the weights; what is lost is where one kernel ends and the next one fills the GPU again. On
-// Hopper the next one starts early and asks for its weights meanwhile (device.h). 24 layers are 120 kernels.
+// Hopper the next one starts early and asks for its weights meanwhile (intrinsics.cuh). 24 layers are 120 kernels.
 #include "step.h"
 
 #include "recycle/arena.h"
 #include "sampling.h"
-#include "sequence.h"
+#include "select.h"
 
 namespace recycle::cuda {
 

@@ -23,7 +23,7 @@ int64_t attention_shared_bytes(CacheType type, int64_t head_dim);
 
 // Starts the step and returns: nothing waits for the GPU, nothing is allocated, and which kernels start depends on
 // the sizes alone, so that a CUDA graph can hold it. tokens [batch, drafts + 1], counts [batch], in GPU memory;
-// counts[b] < 0: see sequence.h. False: CUDA refused to start a kernel.
+// counts[b] < 0: see select.h. False: CUDA refused to start a kernel.
 bool decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts, const Device& device,
                  void* stream);
 

@@ -13,15 +13,16 @@ from recycle_ext import _C
 from recycle_ext.bench import gpu_report
 from recycle_ext.bench.contenders import PEERS, Request, check_context, jobs
 from recycle_ext.bench.plot import check_plot, plot
-from recycle_ext.bench.race import Entry, race
 from recycle_ext.bench.report import heading, phase_tables, report, table
-from recycle_ext.checkpoint import Checkpoint, open_checkpoint
-from recycle_ext.command_line import INTERRUPTED, exit_status, names, number_of_drafts, numbers
-from recycle_ext.config import DTYPES
-from recycle_ext.decoder import AUTO, MODES
+from recycle_ext.checkpoint.base_model import Checkpoint, open_checkpoint
+from recycle_ext.checkpoint.config import DTYPES
+from recycle_ext.checkpoint.module import default_module, open_module
+from recycle_ext.command_line import INTERRUPTED, exit_status, names, numbers
+from recycle_ext.decoding.decoder import AUTO, MODES
+from recycle_ext.decoding.kv_cache import CACHE_DTYPES
 from recycle_ext.errors import RecycleError
-from recycle_ext.kv_cache import CACHE_DTYPES
-from recycle_ext.module_checkpoint import default_module, open_module
+from recycle_ext.generate.options import number_of_drafts
+from recycle_ext.measuring.interleave import Entry, race
 
 WIDTHS = ("native", *DTYPES)
 

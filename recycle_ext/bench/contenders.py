@@ -11,9 +11,9 @@ from pathlib import Path
 from recycle_ext import _C
 from recycle_ext.bench.same_width import write_same_width
 from recycle_ext.bench.story import STORY, part
-from recycle_ext.checkpoint import Checkpoint
-from recycle_ext.config import ModelConfig, ModuleConfig
-from recycle_ext.decoder import AUTO
+from recycle_ext.checkpoint.base_model import Checkpoint
+from recycle_ext.checkpoint.config import ModelConfig, ModuleConfig
+from recycle_ext.decoding.decoder import AUTO
 from recycle_ext.errors import RecycleError
 
 OURS = "recycle_ext"

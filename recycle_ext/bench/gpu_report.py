@@ -22,17 +22,17 @@ from statistics import median
 import torch
 
 from recycle_ext import _C
-from recycle_ext.bandwidth import read_bandwidth
 from recycle_ext.bench.contenders import OURS
 from recycle_ext.bench.plain_torch import StaticDecoder
 from recycle_ext.bench.plot import plot
-from recycle_ext.bench.race import rounds
 from recycle_ext.bench.random_model import SHAPES, ShapeOf, random_model
-from recycle_ext.decoder import Decoder
+from recycle_ext.decoding.cuda_graph import GraphedStep
+from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.errors import RecycleError
-from recycle_ext.graphed_step import GraphedStep
-from recycle_ext.ops import check_device
-from recycle_ext.packing import PackedModel
+from recycle_ext.measuring.bandwidth import read_bandwidth
+from recycle_ext.measuring.interleave import rounds
+from recycle_ext.ops.registration import check_device
+from recycle_ext.weights.pack import PackedModel
 
 CONTEXT = 128  # tokens in the cache before a step is timed
 STEPS = 64  # that a measurement takes
@@ -207,7 +207,7 @@ def _ours(shape: str, packed: PackedModel, mode: str, label: str, width: str) ->
         width,
         start,
         {"standard": 1.0, "verify": None, "alternate": 2.0}[mode],
-        packed.step_bytes(decoder.drafts),
+        packed.step_bytes(decoder.num_draft_tokens),
         packed.step_bytes(0),
         [],
         PROMPT / prefill_seconds,

@@ -13,7 +13,7 @@ from torch import Tensor
 from recycle_ext.bench.contenders import OURS, Job
 from recycle_ext.bench.same_width import matrix_bytes
 from recycle_ext.bench.systems import Decoded, Ours, System
-from recycle_ext.gguf_file import GgufHeader
+from recycle_ext.checkpoint.gguf import GgufHeader
 
 _HALF = 2  # bytes of a value in the peers' caches
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recycle_ext.config import ModelConfig
-from recycle_ext.reference import BaseModel, rope_tables, rotate
+from recycle_ext.checkpoint.config import ModelConfig
+from recycle_ext.ops.functional import rope_tables, apply_rope
+from recycle_ext.reference.model import BaseModel
 
 
 class StaticDecoder(nn.Module):
@@ -43,8 +44,8 @@ class StaticDecoder(nn.Module):
             keys, values = getattr(self, f"keys{index}"), getattr(self, f"values{index}")
             attention = layer.self_attn
             normed = layer.input_layernorm(x)
-            q = rotate(attention.q_proj(normed).view(heads).transpose(1, 2), cos, sin)
-            k = rotate(attention.k_proj(normed).view(heads).transpose(1, 2), cos, sin)
+            q = apply_rope(attention.q_proj(normed).view(heads).transpose(1, 2), cos, sin)
+            k = apply_rope(attention.k_proj(normed).view(heads).transpose(1, 2), cos, sin)
             v = attention.v_proj(normed).view(heads).transpose(1, 2)
             keys.index_copy_(2, position, k)
             values.index_copy_(2, position, v)

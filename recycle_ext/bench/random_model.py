@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from recycle_ext.config import ModelConfig, ModuleConfig
-from recycle_ext.gpu_prefill import PANEL, Layer, Matrix, Plan, Stack
-from recycle_ext.packing import FORMATS, PackedModel, describe_plan, pack_matrix
-from recycle_ext.shapes import Shapes, base_shapes, module_shapes
-from recycle_ext.tensor_source import TensorSource
+from recycle_ext.checkpoint.config import ModelConfig, ModuleConfig
+from recycle_ext.checkpoint.shapes import Shapes, base_shapes, module_shapes
+from recycle_ext.checkpoint.tensor_source import TensorSource
+from recycle_ext.weights.layout import PANEL_ROWS, Matrix, pack_matrix
+from recycle_ext.weights.pack import PackedModel, describe
+from recycle_ext.weights.plan import Stack, read_plan
 
 
 @dataclass(frozen=True)
@@ -85,28 +86,28 @@ def random_model(
     base: ModelConfig, module: ModuleConfig | None, dtype: str, device: torch.device
 ) -> PackedModel:
     """A packed model with random matrices; norms are 1."""
-    entries, size, parts, formats = describe_plan(
+    description = describe(
         _sources(base, base_shapes(base)),
         None if module is None else _sources(module, module_shapes(module)),
         dtype,
     )
-    weights = torch.zeros(size, dtype=torch.uint8, device=device)
-    plan = torch.tensor(entries, dtype=torch.int64)
-    parsed = Plan(weights, plan)
-    samples: dict[tuple[int, int], Tensor] = {}
-    _fill(parsed.base, base, parsed.base_layers, samples)
-    for matrix in (parsed.embedding, parsed.head):
+    weights = torch.zeros(description.weights_bytes, dtype=torch.uint8, device=device)
+    packed = description.packed_model(weights)
+    view = read_plan(weights, packed.plan)
+    samples: dict[tuple[str, int], Tensor] = {}
+    _fill(view.stack, base, samples)
+    for matrix in (view.embedding, view.head):
         _fill_matrix(matrix, samples)
-    parsed.final_norm.fill_(1)
+    view.final_norm.fill_(1)
     if module is not None:
-        _fill(parsed.module, module, parsed.module_layers, samples)
-        for matrix in (parsed.input_proj, parsed.module_head):
+        _fill(view.module.stack, module, samples)
+        for matrix in (view.module.input_proj, view.module.head):
             _fill_matrix(matrix, samples)
-        for norm in (parsed.embed_norm, parsed.hidden_norm, parsed.output_norm):
+        for norm in (view.module.embed_norm, view.module.hidden_norm, view.module.output_norm):
             norm.fill_(1)
         if module.draft_vocab_size:
-            parsed.draft_vocab.copy_(torch.arange(module.draft_vocab_size))
-    return PackedModel(weights, plan, base, module, *parts, formats)
+            view.module.draft_vocab.copy_(torch.arange(module.draft_vocab_size))
+    return packed
 
 
 def _sources(config: ModelConfig | ModuleConfig, shapes: Shapes) -> SimpleNamespace:
@@ -123,11 +124,10 @@ def _sources(config: ModelConfig | ModuleConfig, shapes: Shapes) -> SimpleNamesp
 def _fill(
     stack: Stack,
     config: ModelConfig | ModuleConfig,
-    layers: list[Layer],
-    samples: dict[tuple[int, int], Tensor],
+    samples: dict[tuple[str, int], Tensor],
 ) -> None:
     stack.inv_freq.copy_(config.inv_freq())
-    for layer in layers:
+    for layer in stack.layers:
         for value in vars(layer).values():
             if isinstance(value, Matrix):
                 _fill_matrix(value, samples)
@@ -135,13 +135,12 @@ def _fill(
                 value.fill_(1)
 
 
-def _fill_matrix(matrix: Matrix, samples: dict[tuple[int, int], Tensor]) -> None:
+def _fill_matrix(matrix: Matrix, samples: dict[tuple[str, int], Tensor]) -> None:
     """A few random panels, over and over."""
     key = (matrix.format, matrix.k)
     if key not in samples:
-        format = next(name for name, code in FORMATS.items() if code == matrix.format)
-        rows = torch.randn(8 * PANEL, matrix.k, generator=torch.Generator().manual_seed(0))
-        packed = pack_matrix(rows / matrix.k**0.5, format)
+        rows = torch.randn(8 * PANEL_ROWS, matrix.k, generator=torch.Generator().manual_seed(0))
+        packed = pack_matrix(rows / matrix.k**0.5, matrix.format)
         samples[key] = packed.view(8, matrix.panel_bytes()).to(matrix.weights.device)
     panels = matrix.panels()
     for start in range(0, len(panels), 8):

@@ -11,8 +11,8 @@ from statistics import median
 import torch
 
 from recycle_ext import _C
-from recycle_ext.bench.race import Entry
-from recycle_ext.decoder import AUTO
+from recycle_ext.decoding.decoder import AUTO
+from recycle_ext.measuring.interleave import Entry
 
 _MEDIANS = (
     "tokens_per_second",

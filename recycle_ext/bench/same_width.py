@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recycle_ext.gguf_file import GgufHeader
+from recycle_ext.checkpoint.gguf import GgufHeader
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFReader

@@ -9,9 +9,9 @@ from typing import Protocol
 
 from recycle_ext import _C
 from recycle_ext.bench.contenders import Job, growth
-from recycle_ext.decoder import AUTO, Decoder
-from recycle_ext.generation import load
-from recycle_ext.kv_cache import CACHE_DTYPES
+from recycle_ext.decoding.decoder import AUTO, Decoder
+from recycle_ext.decoding.kv_cache import CACHE_DTYPES
+from recycle_ext.generate.model import load
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ head feeds its own output back for a second guess and a third, the formats part 
 
 from __future__ import annotations
 
-from recycle_ext.checkpoint import Checkpoint
+from recycle_ext.checkpoint.base_model import Checkpoint
 from recycle_ext.convert import deepseek_mtp, eagle, mimo_mtp, qwen_mtp
 from recycle_ext.convert.head import Head
 from recycle_ext.convert.source import Source

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from recycle_ext.checkpoint import Checkpoint, local_path, open_checkpoint
+from recycle_ext.checkpoint.base_model import Checkpoint, local_path, open_checkpoint
+from recycle_ext.checkpoint.module import open_module, save_module, write_directory
 from recycle_ext.command_line import exit_status
 from recycle_ext.convert import eagle, to_module
 from recycle_ext.convert.source import Source
 from recycle_ext.errors import RecycleError
-from recycle_ext.module_checkpoint import open_module, save_module, write_directory
 
 _DESCRIPTION = """\
 Converts a head that drafts for a Llama-family base, where the mathematics is the same.

@@ -13,7 +13,7 @@ attention, experts) and GLM-4.5 (experts) have another and are refused.
 
 from __future__ import annotations
 
-from recycle_ext.checkpoint import Checkpoint
+from recycle_ext.checkpoint.base_model import Checkpoint
 from recycle_ext.convert.head import LAYER_PARTS, Head, mtp_head, refuse_other_layers
 from recycle_ext.convert.source import Source
 from recycle_ext.errors import RecycleError

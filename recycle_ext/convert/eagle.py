@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from recycle_ext.checkpoint import Checkpoint
-from recycle_ext.config import ModuleConfig
+from recycle_ext.checkpoint.base_model import Checkpoint
+from recycle_ext.checkpoint.config import ModuleConfig
+from recycle_ext.checkpoint.huggingface import llama_json
+from recycle_ext.checkpoint.module import ModuleCheckpoint
+from recycle_ext.checkpoint.shapes import module_shapes
 from recycle_ext.convert.head import Head, layer_flags, refuse_other_layers
 from recycle_ext.convert.source import Source
 from recycle_ext.errors import RecycleError
-from recycle_ext.hf_directory import llama_json
-from recycle_ext.module_checkpoint import ModuleCheckpoint
-from recycle_ext.shapes import module_shapes
 
 _EAGLE3 = ("midlayer.", "d2t", "t2d")
 _HOW = "`python -m recycle_ext.train --shape eagle --module-dtype bf16` trains one that EAGLE-1 can hold"

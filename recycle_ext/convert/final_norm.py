@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from recycle_ext.checkpoint import Checkpoint
+from recycle_ext.checkpoint.base_model import Checkpoint
 from recycle_ext.errors import RecycleError
 
 if TYPE_CHECKING:

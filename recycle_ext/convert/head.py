@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from recycle_ext.checkpoint import Checkpoint
-from recycle_ext.config import ModuleConfig
+from recycle_ext.checkpoint.base_model import Checkpoint
+from recycle_ext.checkpoint.config import ModuleConfig
+from recycle_ext.checkpoint.shapes import module_shapes
 from recycle_ext.convert import final_norm
 from recycle_ext.convert.source import Source
 from recycle_ext.errors import RecycleError
-from recycle_ext.shapes import module_shapes
 
 # Parts of a Llama layer, which everyone calls the same.
 LAYER_PARTS = ("self_attn.", "mlp.", "input_layernorm.", "post_attention_layernorm.")

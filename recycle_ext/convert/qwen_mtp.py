@@ -14,7 +14,7 @@ Qwen3 layer in it.
 
 from __future__ import annotations
 
-from recycle_ext.checkpoint import Checkpoint
+from recycle_ext.checkpoint.base_model import Checkpoint
 from recycle_ext.convert.head import LAYER_PARTS, Head, mtp_head, refuse_other_layers
 from recycle_ext.convert.source import Source
 from recycle_ext.errors import RecycleError

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from recycle_ext import safetensors_file
-from recycle_ext.checkpoint import Checkpoint
+from recycle_ext.checkpoint import safetensors as safetensors_file
+from recycle_ext.checkpoint.base_model import Checkpoint
+from recycle_ext.checkpoint.huggingface import Fields, read_rope, weight_files
+from recycle_ext.checkpoint.tensor_source import BLOCKS, TensorSource
 from recycle_ext.errors import RecycleError
-from recycle_ext.hf_directory import Fields, read_rope, weight_files
-from recycle_ext.tensor_source import BLOCKS, TensorSource
 
 # A head's copy of the base's embedding may have been through float16 and bfloat16, whose spacings these are.
 _RELATIVE, _ABSOLUTE = 2.0**-8, 2.0**-23

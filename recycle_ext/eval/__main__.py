@@ -13,8 +13,9 @@ import torch
 from recycle_ext import _C
 from recycle_ext.bench.plot import check_plot
 from recycle_ext.bench.report import machine
-from recycle_ext.checkpoint import Checkpoint, open_checkpoint
-from recycle_ext.command_line import add_model_options, exit_status, model_of, names, numbers
+from recycle_ext.checkpoint.base_model import Checkpoint, open_checkpoint
+from recycle_ext.checkpoint.module import default_module
+from recycle_ext.command_line import exit_status, names, numbers
 from recycle_ext.errors import RecycleError
 from recycle_ext.eval import bootstrap, cloze, likelihood
 from recycle_ext.eval import prompts as prompt_files
@@ -29,8 +30,8 @@ from recycle_ext.eval.measure import (
 from recycle_ext.eval.plot import plot
 from recycle_ext.eval.prompts import Prompt, categories, first_of_each, read_prompts
 from recycle_ext.eval.report import heading, summaries, tables
-from recycle_ext.generation import Model
-from recycle_ext.module_checkpoint import default_module
+from recycle_ext.generate.model import Model
+from recycle_ext.generate.options import add_model_options, model_of
 
 _WARM_UP_TOKENS = 8
 

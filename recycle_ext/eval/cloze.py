@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recycle_ext.decoder import Decoder
+from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.errors import RecycleError
 from recycle_ext.eval.decoding import decode
 from recycle_ext.eval.jsonl import read_objects, read_text
-from recycle_ext.tokenizer import Tokenizer
+from recycle_ext.text.tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "cloze.jsonl"
 CONTEXT_WORDS = 40

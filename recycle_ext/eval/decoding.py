@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from recycle_ext.decoder import Decoder
+from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.errors import RecycleError
 
 
@@ -54,7 +54,7 @@ def decode(
 
     decoder: of one sequence, greedy, with room for both; what it held before is forgotten.
     """
-    drafts = decoder.drafts
+    drafts = decoder.num_draft_tokens
     try:
         run = Run([decoder.prefill(prompt)], offered=[0] * drafts, accepted=[0] * drafts)
         if decoder.model.weights.is_cuda:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from recycle_ext.checkpoint import Checkpoint
-from recycle_ext.reference import BaseModel
+from recycle_ext.checkpoint.base_model import Checkpoint
+from recycle_ext.reference.model import BaseModel
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 _AT_ONCE = 8  # sequences in a pass

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from recycle_ext.bench.race import rounds
-from recycle_ext.decoder import Decoder
+from recycle_ext.decoding.decoder import Decoder
+from recycle_ext.decoding.kv_cache import CACHE_DTYPES
 from recycle_ext.errors import RecycleError
 from recycle_ext.eval import cloze, likelihood
 from recycle_ext.eval.decoding import Setup, common_tokens, decode
 from recycle_ext.eval.prompts import Prompt
 from recycle_ext.eval.report import cloze_figures
-from recycle_ext.generation import Model
-from recycle_ext.kv_cache import CACHE_DTYPES
-from recycle_ext.reference import BaseModel
+from recycle_ext.generate.model import Model
+from recycle_ext.measuring.interleave import rounds
+from recycle_ext.reference.model import BaseModel
 
 _WARM_UP_TOKENS = 8
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from recycle_ext.errors import RecycleError
 from recycle_ext.eval.jsonl import read_objects, read_text
-from recycle_ext.tokenizer import Tokenizer
+from recycle_ext.text.tokenizer import Tokenizer
 
 # Eight of each category, written for this file. None is among what modules are trained on
 # (recycle_ext/train/prompts.txt); who adds to either keeps it so.

@@ -19,13 +19,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from recycle_ext.checkpoint import Checkpoint, open_checkpoint
-from recycle_ext.config import MODULE_DTYPES, ModuleConfig
+from recycle_ext.checkpoint.base_model import Checkpoint, open_checkpoint
+from recycle_ext.checkpoint.config import MODULE_DTYPES, ModuleConfig
+from recycle_ext.checkpoint.huggingface import read_config
+from recycle_ext.checkpoint.module import ModuleCheckpoint, open_module, save_module
 from recycle_ext.errors import RecycleError
-from recycle_ext.hf_directory import read_config
-from recycle_ext.module_checkpoint import ModuleCheckpoint, open_module, save_module
-from recycle_ext.packing import check_sizes
-from recycle_ext.reference import BaseModel, RecyclableModule
+from recycle_ext.reference.model import BaseModel, RecyclableModule
 from recycle_ext.train.documents import documents, packed
 from recycle_ext.train.draft_vocab import frequent_tokens
 from recycle_ext.train.frozen import FrozenBase, Targets, initial_module
@@ -34,6 +33,7 @@ from recycle_ext.train.log import Log, described
 from recycle_ext.train.states import States, held_out, read_by, self_written
 from recycle_ext.train.trainer import Task, Trainer, TrainOptions
 from recycle_ext.train.workers import Workers, join, leave
+from recycle_ext.weights.pack import check_sizes
 
 TARGETS = {"kl": (1.0, 0.0), "hard": (0.0, 1.0), "both": (0.5, 0.5)}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recycle_ext.errors import RecycleError
-from recycle_ext.tokenizer import Tokenizer
+from recycle_ext.text.tokenizer import Tokenizer
 
 
 def documents(files: Sequence[str], field: str) -> Iterator[str]:

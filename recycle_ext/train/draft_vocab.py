@@ -21,16 +21,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recycle_ext import _C
-from recycle_ext.bench.race import rounds
-from recycle_ext.checkpoint import Checkpoint, open_checkpoint
+from recycle_ext.checkpoint.base_model import Checkpoint, open_checkpoint
+from recycle_ext.checkpoint.config import DTYPES
+from recycle_ext.checkpoint.module import ModuleCheckpoint, open_module, save_module
 from recycle_ext.command_line import exit_status, numbers
-from recycle_ext.config import DTYPES
-from recycle_ext.decoder import Decoder
+from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.errors import RecycleError
 from recycle_ext.eval.decoding import Run, decode
-from recycle_ext.module_checkpoint import ModuleCheckpoint, open_module, save_module
-from recycle_ext.packing import pack_model
+from recycle_ext.measuring.interleave import rounds
 from recycle_ext.train.states import held_out, read_shard
+from recycle_ext.weights.pack import pack_model
 
 PROMPT_TOKENS, NEW_TOKENS = 48, 96
 

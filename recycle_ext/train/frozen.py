@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from recycle_ext.config import ModuleConfig
-from recycle_ext.reference import BaseModel, RecyclableModule
+from recycle_ext.checkpoint.config import ModuleConfig
+from recycle_ext.reference.model import BaseModel, RecyclableModule
 from recycle_ext.train.chain import acceptance_by_draft, chain
 from recycle_ext.train.losses import head_loss, regression_loss
 from recycle_ext.train.rounding import BLOCK, straight_through

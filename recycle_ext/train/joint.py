@@ -19,9 +19,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from recycle_ext.config import ModelConfig
-from recycle_ext.hf_directory import llama_json
-from recycle_ext.reference import BaseModel, RecyclableModule
+from recycle_ext.checkpoint.config import ModelConfig
+from recycle_ext.checkpoint.huggingface import llama_json
+from recycle_ext.reference.model import BaseModel, RecyclableModule
 from recycle_ext.train.losses import head_loss
 from recycle_ext.train.states import batches
 from recycle_ext.train.trainer import Task

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recycle_ext.tensor_source import FLOAT_DTYPES
+from recycle_ext.checkpoint.tensor_source import FLOAT_DTYPES
 
 BLOCK = 32  # weights of a row that share a scale
 

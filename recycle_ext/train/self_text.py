@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recycle_ext.reference import BaseModel, Layer
-from recycle_ext.tokenizer import Tokenizer
+from recycle_ext.reference.model import BaseModel, Layer
+from recycle_ext.text.tokenizer import Tokenizer
 
 HOT_TOKENS = 12
 TEMPERATURES = (0.0, 0.0, 0.7, 1.0)

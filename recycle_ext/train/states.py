@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recycle_ext.errors import RecycleError
-from recycle_ext.reference import BaseModel
-from recycle_ext.tokenizer import Tokenizer
+from recycle_ext.reference.model import BaseModel
+from recycle_ext.text.tokenizer import Tokenizer
 from recycle_ext.train.self_text import Prompts, write_text
 from recycle_ext.train.workers import Workers
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from recycle_ext.errors import RecycleError
-from recycle_ext.reference import BaseModel
+from recycle_ext.reference.model import BaseModel
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 //
 // The table ("plan") keeps a call cheap (two tensors in place of 300) and the buffer is what the
 // kernels stream. Offsets are bytes from the start of the buffer, -1 for "absent". Vectors are
-// float32, matrices are packed as in format.h. recycle_ext/packing.py writes both.
+// float32, matrices are packed as in format.h. recycle_ext/weights/ writes both.
 //
 //   header   magic, version, plan length, has_module
 //   base     stack, embedding (matrix), final_norm (vector), head (matrix), layers...

@@ -1,0 +1,182 @@
+// recycle_ext._C: what Python needs that is not an op on tensors. Loading it also registers the ops.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../cpu/bandwidth.h"
+#include "../cpu/huge_pages.h"
+#include "../cpu/kernels.h"
+#include "build_info.h"
+#include "recycle/decode_step.h"
+#include "recycle/format.h"
+#include "recycle/model.h"
+#include "recycle/parallel.h"
+#include "recycle/profile.h"
+
+namespace py = pybind11;
+
+namespace {
+
+recycle::Format format_of(int format) {
+  if (format < 0 || format >= recycle::kFormats)
+    throw std::invalid_argument("format is " + std::to_string(format) + "; it must be 0 to " +
+                                std::to_string(recycle::kFormats - 1));
+  return static_cast<recycle::Format>(format);
+}
+
+void check_k(recycle::Format format, int64_t k) {
+  const int64_t multiple = recycle::k_multiple(format);
+  if (k < 1 || k % multiple != 0)
+    throw std::invalid_argument("a row has " + std::to_string(k) +
+                                " weights; this format needs a multiple of " +
+                                std::to_string(multiple));
+}
+
+struct Buffer {
+  explicit Buffer(const py::buffer& buffer, bool writable) : info(buffer.request(writable)) {
+    bytes = info.size * info.itemsize;
+  }
+  py::buffer_info info;
+  int64_t bytes;
+};
+
+void pack_rows(int format, int64_t n, int64_t k, int64_t row_begin, const py::buffer& rows,
+               const py::buffer& packed) {
+  const recycle::Format kind = format_of(format);
+  check_k(kind, k);
+  const Buffer source(rows, false);
+  const Buffer target(packed, true);
+  const int64_t row_bytes = recycle::row_bytes(kind, k);
+  if (source.bytes % row_bytes != 0)
+    throw std::invalid_argument("rows has " + std::to_string(source.bytes) +
+                                " bytes; a row of this format has " + std::to_string(row_bytes));
+  const int64_t count = source.bytes / row_bytes;
+  if (row_begin < 0 || row_begin % recycle::kPanelRows != 0 || row_begin + count > n ||
+      (count % recycle::kPanelRows != 0 && row_begin + count != n))
+    throw std::invalid_argument(
+        "rows must begin at a multiple of 16 and end at one or at the last");
+  if (target.bytes != recycle::matrix_bytes(kind, n, k))
+    throw std::invalid_argument("packed has " + std::to_string(target.bytes) +
+                                " bytes; the matrix takes " +
+                                std::to_string(recycle::matrix_bytes(kind, n, k)));
+  const auto* from = static_cast<const std::byte*>(source.info.ptr);
+  auto* to = static_cast<std::byte*>(target.info.ptr);
+  py::gil_scoped_release release;
+  recycle::pack_rows(kind, k, row_begin, count, from, to);
+}
+
+int64_t scratch_bytes(const py::buffer& plan, const py::buffer& weights, int64_t batch,
+                      int64_t drafts, bool greedy) {
+  const Buffer table(plan, false);
+  const Buffer bytes(weights, false);
+  recycle::Model model;
+  const char* wrong =
+      recycle::read_plan(static_cast<const int64_t*>(table.info.ptr), table.bytes / 8,
+                         static_cast<const std::byte*>(bytes.info.ptr), bytes.bytes, &model);
+  if (wrong != nullptr) throw std::invalid_argument(std::string("plan and weights: ") + wrong);
+  return recycle::decode_scratch_bytes(model, batch, drafts, greedy, recycle::n_threads());
+}
+
+std::vector<std::string> runnable_isas() {
+  const char* names[3];
+  const int count = recycle::runnable_isas(names);
+  return {names, names + count};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native parts of recycle_ext; loading this registers torch.ops.recycle.*";
+
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["torch"] = RECYCLE_TORCH_VERSION;
+        info["cpu_targets"] = RECYCLE_CPU_TARGETS;
+        info["cuda"] = RECYCLE_CUDA_STATUS;
+        info["compiler"] = RECYCLE_COMPILER;
+        info["version"] = RECYCLE_VERSION;
+        return info;
+      },
+      "What this was built with: version, torch, cpu_targets, cuda, compiler.");
+
+  m.def("isa", [] { return recycle::kernels().name; }, "The instruction set in use.");
+  m.def("runnable_isas", &runnable_isas,
+        "Instruction sets this build has and this processor runs, best last.");
+  m.def(
+      "force_isa",
+      [](std::optional<std::string> name) {
+        if (!recycle::force_isa(name ? name->c_str() : nullptr))
+          throw std::invalid_argument("instruction set " + *name +
+                                      " is not in this build or not in this processor");
+      },
+      py::arg("name"), "Use this instruction set's kernels; None: the best.");
+
+  m.def("n_threads", &recycle::n_threads, "Threads the kernels use.");
+  m.def("available_cores", &recycle::available_cores, "Cores this process may run on.");
+  m.def(
+      "set_n_threads",
+      [](int n) {
+        if (n < 1 || n > recycle::kMaxThreads)
+          throw std::invalid_argument("threads is " + std::to_string(n) + "; it must be 1 to " +
+                                      std::to_string(recycle::kMaxThreads));
+        recycle::set_n_threads(n);
+      },
+      py::arg("n"), "Threads the kernels use from the next call on.");
+
+  m.def("profile", &recycle::profile, py::arg("on"),
+        "Adds up the time of each phase of the kernels from now on, or stops.");
+  m.def(
+      "phase_times",
+      [] {
+        py::list rows;
+        for (const bool is_module : {false, true})
+          for (int i = 0; i < recycle::kPhases; ++i) {
+            const auto phase = static_cast<recycle::Phase>(i);
+            const recycle::PhaseTime time = recycle::phase_time(phase, is_module);
+            if (time.count > 0)
+              rows.append(py::make_tuple(is_module ? "module" : "base", recycle::phase_name(phase),
+                                         time.count, time.work, time.wait));
+          }
+        return rows;
+      },
+      "Of the profile: (part, phase, times run, seconds of work, seconds of waiting), per thread.");
+
+  m.def(
+      "use_huge_pages",
+      [](const py::buffer& data) {
+        const Buffer memory(data, true);
+        recycle::use_huge_pages(memory.info.ptr, memory.bytes);
+      },
+      py::arg("data"), "Asks for huge pages under memory that was not written to yet.");
+
+  m.def(
+      "read_bandwidth", &recycle::read_bandwidth, py::call_guard<py::gil_scoped_release>(),
+      py::arg("bytes"), py::arg("repeats"),
+      "Bytes a second that the threads read together from a buffer of this size: the median of the "
+      "repeats.");
+
+  m.def("pack_rows", &pack_rows, py::arg("format"), py::arg("n"), py::arg("k"),
+        py::arg("row_begin"), py::arg("rows"), py::arg("packed"),
+        "Packs rows [row_begin, ...) of an [n, k] matrix, given row by row, into `packed`.");
+  m.def(
+      "matrix_bytes",
+      [](int format, int64_t n, int64_t k) {
+        const recycle::Format kind = format_of(format);
+        check_k(kind, k);
+        return recycle::matrix_bytes(kind, n, k);
+      },
+      py::arg("format"), py::arg("n"), py::arg("k"), "Bytes of a packed matrix.");
+  m.def("scratch_bytes", &scratch_bytes, py::arg("plan"), py::arg("weights"), py::arg("batch"),
+        py::arg("drafts"), py::arg("greedy"),
+        "Bytes of scratch that decode_step and prefill need with the present number of threads.");
+  m.def("positions_needed", &recycle::positions_needed, py::arg("drafts"),
+        "Free positions the caches must have for a decode step.");
+  m.attr("PLAN_MAGIC") = recycle::kPlanMagic;
+  m.attr("PLAN_VERSION") = recycle::kPlanVersion;
+  m.attr("MAX_DRAFTS") = recycle::kMaxDrafts;
+}

@@ -1,0 +1,75 @@
+// Compiled without any instruction set flags: it must run everywhere.
+#include "kernels.h"
+
+#include <atomic>
+#include <cstring>
+
+namespace recycle {
+
+namespace generic {
+extern const Kernels kTable;
+}
+#ifdef RECYCLE_HAVE_AVX2
+namespace avx2 {
+extern const Kernels kTable;
+}
+#endif
+#ifdef RECYCLE_HAVE_AVX512
+namespace avx512 {
+extern const Kernels kTable;
+}
+#endif
+
+namespace {
+
+int runnable(const Kernels* tables[3]) {
+  int count = 0;
+  tables[count++] = &generic::kTable;
+#ifdef RECYCLE_HAVE_AVX2
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    tables[count++] = &avx2::kTable;
+#endif
+#ifdef RECYCLE_HAVE_AVX512
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vnni"))
+    tables[count++] = &avx512::kTable;
+#endif
+  return count;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+const Kernels& kernels() {
+  const Kernels* table = chosen.load(std::memory_order_relaxed);
+  if (table == nullptr) {
+    force_isa(nullptr);
+    table = chosen.load(std::memory_order_relaxed);
+  }
+  return *table;
+}
+
+bool force_isa(const char* name) {
+  const Kernels* tables[3];
+  const int count = runnable(tables);
+  if (name == nullptr) name = tables[count - 1]->name;
+  for (int i = 0; i < count; ++i) {
+    if (std::strcmp(tables[i]->name, name) == 0) {
+      chosen.store(tables[i], std::memory_order_relaxed);
+      return true;
+    }
+  }
+  return false;
+}
+
+int runnable_isas(const char* names[3]) {
+  const Kernels* tables[3];
+  const int count = runnable(tables);
+  for (int i = 0; i < count; ++i) names[i] = tables[i]->name;
+  return count;
+}
+
+}  // namespace recycle

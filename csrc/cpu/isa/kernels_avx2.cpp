@@ -1,3 +1,0 @@
-#define RECYCLE_ISA avx2
-#include "lanes_avx2.h"
-#include "table.h"

@@ -1,3 +1,0 @@
-#define RECYCLE_ISA generic
-#include "lanes_generic.h"
-#include "table.h"

@@ -1,0 +1,3 @@
+#define RECYCLE_ISA avx2
+#include "simd_avx2.h"
+#include "table.h"

@@ -1,0 +1,3 @@
+#define RECYCLE_ISA generic
+#include "simd_generic.h"
+#include "table.h"

@@ -1,0 +1,239 @@
+// 16 float lanes in two AVX2 registers. See simd_generic.h for what each function means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace recycle::avx2 {
+namespace {
+
+struct Lanes {
+  __m256 lo, hi;
+};
+struct Raw {
+  __m256i lo, hi;
+};
+
+// Rows that a product works on together. 16 registers, two for 16 lanes: two float sums a row or one integer
+// sum, and room for the weights; with 3 and 6 rows GCC moves sums in and out of memory, at half the speed.
+constexpr int max_rows(bool quantised) {
+  return quantised ? 4 : 2;
+}
+// Heads that attention works on together, and lanes of values (an even number) that it then sums up for each.
+constexpr int heads_at_once() {
+  return 2;
+}
+constexpr int lanes_for(int heads) {
+  return heads == 1 ? 4 : 2;
+}
+
+// Blocks of 16 keys that scores are made for together, at most kMostKeyBlocks.
+constexpr int key_blocks_at_once() {
+  return 1;
+}
+
+inline Lanes splat(float x) {
+  return {_mm256_set1_ps(x), _mm256_set1_ps(x)};
+}
+inline Lanes load(const float* p) {
+  return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
+inline void store(float* p, Lanes a) {
+  _mm256_storeu_ps(p, a.lo);
+  _mm256_storeu_ps(p + 8, a.hi);
+}
+inline Lanes fma(Lanes a, Lanes b, Lanes c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+inline Lanes add(Lanes a, Lanes b) {
+  return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+inline Lanes sub(Lanes a, Lanes b) {
+  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+inline Lanes mul(Lanes a, Lanes b) {
+  return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+}
+inline Lanes div(Lanes a, Lanes b) {
+  return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
+inline Lanes max(Lanes a, Lanes b) {
+  return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
+}
+inline Lanes keep_above(Lanes value, Lanes x, float limit) {
+  const __m256 least = _mm256_set1_ps(limit);
+  return {_mm256_and_ps(value.lo, _mm256_cmp_ps(x.lo, least, _CMP_GE_OQ)),
+          _mm256_and_ps(value.hi, _mm256_cmp_ps(x.hi, least, _CMP_GE_OQ))};
+}
+inline Lanes round(Lanes a) {
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(a.lo, nearest), _mm256_round_ps(a.hi, nearest)};
+}
+inline __m256 power_of_2(__m256 n) {
+  const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+inline Lanes power_of_2(Lanes n) {
+  return {power_of_2(n.lo), power_of_2(n.hi)};
+}
+inline float sum(Lanes a) {
+  const __m256 eight = _mm256_add_ps(a.lo, a.hi);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float max_of(Lanes a) {
+  const __m256 eight = _mm256_max_ps(a.lo, a.hi);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+inline __m128i load_128(const std::byte* p) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+}
+inline __m256i load_256(const std::byte* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline Lanes load_bf16(const std::byte* p) {
+  const __m256i lo = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(p)), 16);
+  const __m256i hi = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(p + 16)), 16);
+  return {_mm256_castsi256_ps(lo), _mm256_castsi256_ps(hi)};
+}
+inline Lanes load_f16(const std::byte* p) {
+  return {_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 16))};
+}
+inline Lanes load_int8(const std::byte* p) {
+  const __m128i bytes = load_128(p);
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
+}
+inline Raw load_raw(const std::byte* p) {
+  return {load_256(p), load_256(p + 32)};
+}
+inline Lanes bf16_even(Raw raw) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(raw.lo, 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(raw.hi, 16))};
+}
+inline Lanes bf16_odd(Raw raw) {
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
+  return {_mm256_castsi256_ps(_mm256_and_si256(raw.lo, upper)),
+          _mm256_castsi256_ps(_mm256_and_si256(raw.hi, upper))};
+}
+
+inline Lanes as_floats(Raw raw) {
+  return {_mm256_castsi256_ps(raw.lo), _mm256_castsi256_ps(raw.hi)};
+}
+template <int b>
+inline __m256 byte_of(__m256i words) {
+  if constexpr (b < 3) words = _mm256_slli_epi32(words, 24 - 8 * b);
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(words, 24));
+}
+template <int b>
+inline Lanes byte_of(Raw raw) {
+  return {byte_of<b>(raw.lo), byte_of<b>(raw.hi)};
+}
+// 8 x 8 words: pairs, then fours of rows come together, then halves change places.
+inline void transpose(const __m256i (&rows)[8], __m256i (&columns)[8]) {
+  __m256i fours[8];
+  for (int i = 0; i < 8; i += 4) {
+    const __m256i low01 = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+    const __m256i high01 = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+    const __m256i low23 = _mm256_unpacklo_epi32(rows[i + 2], rows[i + 3]);
+    const __m256i high23 = _mm256_unpackhi_epi32(rows[i + 2], rows[i + 3]);
+    fours[i] = _mm256_unpacklo_epi64(low01, low23);
+    fours[i + 1] = _mm256_unpackhi_epi64(low01, low23);
+    fours[i + 2] = _mm256_unpacklo_epi64(high01, high23);
+    fours[i + 3] = _mm256_unpackhi_epi64(high01, high23);
+  }
+  for (int i = 0; i < 4; ++i) {
+    columns[i] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x20);
+    columns[i + 4] = _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x31);
+  }
+}
+inline void transpose(Raw (&rows)[16]) {
+  __m256i in[4][8], out[4][8];  // quarters: top left, top right, bottom left, bottom right
+  for (int i = 0; i < 8; ++i) {
+    in[0][i] = rows[i].lo;
+    in[1][i] = rows[i].hi;
+    in[2][i] = rows[i + 8].lo;
+    in[3][i] = rows[i + 8].hi;
+  }
+  for (int quarter = 0; quarter < 4; ++quarter) transpose(in[quarter], out[quarter]);
+  for (int i = 0; i < 8; ++i) {
+    rows[i] = {out[0][i], out[2][i]};
+    rows[i + 8] = {out[1][i], out[3][i]};
+  }
+}
+
+struct Ints {
+  __m256i lo, hi;
+};
+// As 16-bit integers: the first and third of each lane, and the second and fourth.
+struct Quads {
+  __m256i even_lo, even_hi, odd_lo, odd_hi;
+};
+
+// One or two rows have registers for two sums, which needn't wait for each other.
+constexpr int sum_parts(int rows) {
+  return rows <= 2 ? 2 : 1;
+}
+inline Ints zero() {
+  return {_mm256_setzero_si256(), _mm256_setzero_si256()};
+}
+template <int bits>
+inline Ints shifted_left(int32_t x) {
+  const __m256i shifted = _mm256_slli_epi32(_mm256_set1_epi32(x), bits);
+  return {shifted, shifted};
+}
+inline Ints total(const Ints (&sums)[1]) {
+  return sums[0];
+}
+inline Ints total(const Ints (&sums)[2]) {
+  return {_mm256_add_epi32(sums[0].lo, sums[1].lo), _mm256_add_epi32(sums[0].hi, sums[1].hi)};
+}
+inline Lanes to_float(Ints a) {
+  return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)};
+}
+// Bits first .. first + count of each 16-bit half.
+template <int first, int count>
+inline __m256i bits_of(__m256i words) {
+  if constexpr (first > 0) words = _mm256_srli_epi16(words, first);
+  if constexpr (first + count < 16)
+    words = _mm256_and_si256(words, _mm256_set1_epi16((1 << count) - 1));
+  return words;
+}
+inline Quads bytes(Raw raw) {
+  return {bits_of<0, 8>(raw.lo), bits_of<0, 8>(raw.hi), bits_of<8, 8>(raw.lo),
+          bits_of<8, 8>(raw.hi)};
+}
+inline Quads low_nibbles(Raw raw) {
+  return {bits_of<0, 4>(raw.lo), bits_of<0, 4>(raw.hi), bits_of<8, 4>(raw.lo),
+          bits_of<8, 4>(raw.hi)};
+}
+inline Quads high_nibbles(Raw raw) {
+  return {bits_of<4, 4>(raw.lo), bits_of<4, 4>(raw.hi), bits_of<12, 4>(raw.lo),
+          bits_of<12, 4>(raw.hi)};
+}
+inline Ints dot(Ints a, __m256i lo, __m256i hi, int32_t pair) {
+  const __m256i x = _mm256_set1_epi32(pair);
+  return {_mm256_add_epi32(a.lo, _mm256_madd_epi16(lo, x)),
+          _mm256_add_epi32(a.hi, _mm256_madd_epi16(hi, x))};
+}
+// The first word has the first and third activation, the second the others.
+template <int parts>
+inline void dot(Ints (&sums)[parts], Quads weights, const int32_t* x) {
+  sums[0] = dot(sums[0], weights.even_lo, weights.even_hi, x[0]);
+  sums[parts - 1] = dot(sums[parts - 1], weights.odd_lo, weights.odd_hi, x[1]);
+}
+inline void store_quants(int32_t* p, Lanes a) {
+  const __m256i halves = _mm256_permute4x64_epi64(
+      _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)), 0xD8);
+  const __m256i ordered = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(halves, 0xD8), 0xD8);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), ordered);
+}
+
+}  // namespace
+}  // namespace recycle::avx2

@@ -1,0 +1,190 @@
+// 16 float lanes in one AVX-512 register. See simd_generic.h for what each function means. Bit for bit
+// the results of simd_avx2.h: the same operations on each lane, the same tree in sum().
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace recycle::avx512 {
+namespace {
+
+struct Lanes {
+  __m512 v;
+};
+struct Raw {
+  __m512i v;
+};
+
+// Rows that a product works on together. 32 registers: two sums a row, a third where weights are quantised, and
+// room for the weights.
+constexpr int max_rows(bool quantised) {
+  return quantised ? 8 : 12;
+}
+// Heads that attention works on together, and lanes of values (an even number) that it then sums up for each.
+constexpr int heads_at_once() {
+  return 6;
+}
+constexpr int lanes_for(int) {
+  return 4;
+}
+
+// Blocks of 16 keys that scores are made for together, at most kMostKeyBlocks.
+constexpr int key_blocks_at_once() {
+  return 2;
+}
+
+inline Lanes splat(float x) {
+  return {_mm512_set1_ps(x)};
+}
+inline Lanes load(const float* p) {
+  return {_mm512_loadu_ps(p)};
+}
+inline void store(float* p, Lanes a) {
+  _mm512_storeu_ps(p, a.v);
+}
+inline Lanes fma(Lanes a, Lanes b, Lanes c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+inline Lanes add(Lanes a, Lanes b) {
+  return {_mm512_add_ps(a.v, b.v)};
+}
+inline Lanes sub(Lanes a, Lanes b) {
+  return {_mm512_sub_ps(a.v, b.v)};
+}
+inline Lanes mul(Lanes a, Lanes b) {
+  return {_mm512_mul_ps(a.v, b.v)};
+}
+inline Lanes div(Lanes a, Lanes b) {
+  return {_mm512_div_ps(a.v, b.v)};
+}
+inline Lanes max(Lanes a, Lanes b) {
+  return {_mm512_max_ps(a.v, b.v)};
+}
+inline Lanes keep_above(Lanes value, Lanes x, float limit) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_GE_OQ), value.v)};
+}
+inline Lanes round(Lanes a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline Lanes power_of_2(Lanes n) {
+  const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
+}
+inline float sum(Lanes a) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float max_of(Lanes a) {
+  return _mm512_reduce_max_ps(a.v);
+}
+
+inline __m256i load_256(const std::byte* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline Lanes load_bf16(const std::byte* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_256(p)), 16))};
+}
+inline Lanes load_f16(const std::byte* p) {
+  return {_mm512_cvtph_ps(load_256(p))};
+}
+inline Lanes load_int8(const std::byte* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
+inline Raw load_raw(const std::byte* p) {
+  return {_mm512_loadu_si512(p)};
+}
+inline Lanes bf16_even(Raw raw) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(raw.v, 16))};
+}
+inline Lanes bf16_odd(Raw raw) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+  return {_mm512_castsi512_ps(_mm512_and_si512(raw.v, upper))};
+}
+
+inline Lanes as_floats(Raw raw) {
+  return {_mm512_castsi512_ps(raw.v)};
+}
+template <int b>
+inline Lanes byte_of(Raw raw) {
+  const __m512i top = b < 3 ? _mm512_slli_epi32(raw.v, 24 - 8 * b) : raw.v;
+  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24))};
+}
+// Pairs, then fours of rows come together; then quarters of registers change places, in two steps.
+inline void transpose(Raw (&rows)[16]) {
+  __m512i fours[16];  // quarter q of fours[4 i + c] is column 4 q + c of rows 4 i to 4 i + 3
+  for (int i = 0; i < 16; i += 4) {
+    const __m512i low01 = _mm512_unpacklo_epi32(rows[i].v, rows[i + 1].v);
+    const __m512i high01 = _mm512_unpackhi_epi32(rows[i].v, rows[i + 1].v);
+    const __m512i low23 = _mm512_unpacklo_epi32(rows[i + 2].v, rows[i + 3].v);
+    const __m512i high23 = _mm512_unpackhi_epi32(rows[i + 2].v, rows[i + 3].v);
+    fours[i] = _mm512_unpacklo_epi64(low01, low23);
+    fours[i + 1] = _mm512_unpackhi_epi64(low01, low23);
+    fours[i + 2] = _mm512_unpacklo_epi64(high01, high23);
+    fours[i + 3] = _mm512_unpackhi_epi64(high01, high23);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512i even_top = _mm512_shuffle_i32x4(fours[c], fours[c + 4], 0x88);
+    const __m512i odd_top = _mm512_shuffle_i32x4(fours[c], fours[c + 4], 0xDD);
+    const __m512i even_bottom = _mm512_shuffle_i32x4(fours[c + 8], fours[c + 12], 0x88);
+    const __m512i odd_bottom = _mm512_shuffle_i32x4(fours[c + 8], fours[c + 12], 0xDD);
+    rows[c].v = _mm512_shuffle_i32x4(even_top, even_bottom, 0x88);
+    rows[c + 4].v = _mm512_shuffle_i32x4(odd_top, odd_bottom, 0x88);
+    rows[c + 8].v = _mm512_shuffle_i32x4(even_top, even_bottom, 0xDD);
+    rows[c + 12].v = _mm512_shuffle_i32x4(odd_top, odd_bottom, 0xDD);
+  }
+}
+
+struct Ints {
+  __m512i v;
+};
+struct Quads {
+  __m512i v;
+};
+
+// An activation is 256 times its upper byte plus its lower one, both signed, because VNNI multiplies bytes; the
+// second sum is of the upper bytes.
+constexpr int sum_parts(int) {
+  return 2;
+}
+inline Ints zero() {
+  return {_mm512_setzero_si512()};
+}
+template <int bits>
+inline Ints shifted_left(int32_t x) {
+  return {_mm512_slli_epi32(_mm512_set1_epi32(x), bits)};
+}
+inline Ints total(const Ints (&sums)[2]) {
+  return {_mm512_add_epi32(sums[0].v, _mm512_slli_epi32(sums[1].v, 8))};
+}
+inline Lanes to_float(Ints a) {
+  return {_mm512_cvtepi32_ps(a.v)};
+}
+inline Quads bytes(Raw raw) {
+  return {raw.v};
+}
+inline Quads low_nibbles(Raw raw) {
+  return {_mm512_and_si512(raw.v, _mm512_set1_epi8(15))};
+}
+inline Quads high_nibbles(Raw raw) {
+  return {_mm512_and_si512(_mm512_srli_epi16(raw.v, 4), _mm512_set1_epi8(15))};
+}
+inline void dot(Ints (&sums)[2], Quads weights, const int32_t* x) {
+  sums[0].v = _mm512_dpbusd_epi32(sums[0].v, weights.v, _mm512_set1_epi32(x[0]));
+  sums[1].v = _mm512_dpbusd_epi32(sums[1].v, weights.v, _mm512_set1_epi32(x[1]));
+}
+inline void store_quants(int32_t* p, Lanes a) {
+  const __m512i whole = _mm512_cvtps_epi32(a.v);
+  const __m128i lower = _mm512_cvtepi32_epi8(whole);
+  const __m128i upper =
+      _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi32(lower, upper));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 4), _mm_unpackhi_epi32(lower, upper));
+}
+
+}  // namespace
+}  // namespace recycle::avx512

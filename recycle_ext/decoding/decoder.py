@@ -1,0 +1,378 @@
+"""The decoding state and the loop around torch.ops.recycle.prefill and decode_step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from recycle_ext import _C
+from recycle_ext.decoding.cuda_graph import GraphedStep
+from recycle_ext.decoding.draft_policy import DraftPolicy, Experience
+from recycle_ext.decoding.kv_cache import CACHE_DTYPES, row_elements
+from recycle_ext.decoding.step import SequenceStep, Step
+from recycle_ext.errors import RecycleError
+from recycle_ext.weights.pack import PackedModel
+from recycle_ext.weights.plan import read_plan
+
+MODES = {"standard": 0, "verify": 1, "alternate": 2}
+AUTO = "auto"
+
+
+def check_drafts(drafts: int | str) -> None:
+    """Raises RecycleError unless it is 1 to 4 or "auto"."""
+    if drafts != AUTO and not (isinstance(drafts, int) and 1 <= drafts <= _C.MAX_DRAFTS):
+        raise RecycleError(f"drafts is {drafts!r}; it must be 1 to {_C.MAX_DRAFTS}, or {AUTO}")
+
+
+class Decoder:
+    """Decodes a batch of sequences with one set of weights.
+
+    All state is in tensors, which the ops write to, on the device of the model's weights: base_cache and module_cache
+    [layers, 2, batch, n_kv_heads, capacity, head_dim] of ``cache_dtype`` (float32, bfloat16 or int8; head_dim + 4 in
+    int8, where the row's scale follows), pending [batch, num_draft_tokens + 1] int64, lengths [2, batch] int64
+    (positions in the base's cache, and in the module's). On a GPU the cache is float32 or bfloat16, and a step is one
+    CUDA graph.
+
+    model: from ``weights.pack.pack_model``. mode: "standard" (no module), "verify" (a draft token counts if the base
+    model would have produced it: the output is the base model's own) or "alternate" (draft tokens always count).
+    drafts: draft tokens per step, 1 to 4, or in verify mode "auto": 0 to 4, chosen for each step by measured speed,
+    for all sequences alike. ``num_draft_tokens`` is what the state holds now. capacity: positions of a sequence, prompt
+    and new tokens together; None: 2048, or the model's context if that is less. temperature 0 is greedy; top_k 0 and
+    top_p 1 cut nothing. seeds: one per sequence; the draws of a seed do not depend on the rest of the batch. With
+    "auto" and a temperature they depend on the clock: the distribution is the base model's, but which token a seed
+    gives changes with the number of draft tokens.
+
+    Raises RecycleError for arguments out of range.
+    """
+
+    def __init__(
+        self,
+        model: PackedModel,
+        mode: str = "verify",
+        drafts: int | str = 1,
+        batch: int = 1,
+        capacity: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
+        cache_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        if mode not in MODES:
+            raise RecycleError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}")
+        if mode != "standard" and model.module_config is None:
+            raise RecycleError(f"mode is {mode!r}, which needs a module, and none is loaded")
+        check_drafts(drafts)
+        if drafts == AUTO and mode == "alternate":
+            raise RecycleError(
+                "drafts is 'auto', which mode 'alternate' can't have: there all drafts count, so their number "
+                "decides how good the text is; give 1 to 4, or use verify"
+            )
+        context = model.config.max_position_embeddings
+        if capacity is None:
+            capacity = min(2048, context)
+        if not 1 <= capacity <= context:
+            raise RecycleError(f"capacity is {capacity}; this model's context has 1 to {context}")
+        if seeds is None:
+            seeds = range(batch)
+        if batch < 1 or len(seeds) != batch:
+            raise RecycleError(f"batch is {batch} and there are {len(seeds)} seeds")
+        if cache_dtype not in CACHE_DTYPES.values():
+            raise RecycleError(
+                f"cache_dtype is {cache_dtype}; it must be float32, bfloat16 or int8"
+            )
+        device = model.weights.device
+        if device.type == "cuda" and cache_dtype == torch.int8:
+            raise RecycleError("cache_dtype is int8; on a GPU it must be float32 or bfloat16")
+        if not 0 <= temperature < math.inf:
+            raise RecycleError(
+                f"temperature is {temperature}; it must be 0 (greedy) or a positive number"
+            )
+        if not 0 <= top_k < 2**63:
+            raise RecycleError(f"top_k is {top_k}; it must be 0 (all tokens) or positive")
+        if not 0 < top_p <= 1:
+            raise RecycleError(f"top_p is {top_p}; it must be in (0, 1]")
+        self.model = model
+        self.mode = mode
+        self.policy: DraftPolicy | None = None
+        self._max_draft_tokens = (
+            0 if mode == "standard" else _C.MAX_DRAFTS if drafts == AUTO else drafts
+        )
+        if mode != "standard" and drafts == AUTO:
+            self.policy = DraftPolicy(self._experience(batch, temperature == 0))
+        self.num_draft_tokens = (
+            self._max_draft_tokens if self.policy is None else self.policy.choose()
+        )
+        self.batch = batch
+        self.capacity = capacity
+        greedy = temperature == 0
+        # The last step writes rows past the last token that counts.
+        rows = capacity + _C.positions_needed(self._max_draft_tokens)
+
+        def cache(config) -> Tensor:
+            size = row_elements(cache_dtype, config.head_dim)
+            shape = (config.n_layers, 2, batch, config.n_kv_heads, rows, size)
+            zeros = torch.zeros(shape, dtype=cache_dtype, device=device)
+            if device.type == "cpu":
+                # The system has not mapped these zeros yet, so it can still choose the size of the pages.
+                _C.use_huge_pages(zeros.view(torch.uint8).numpy())
+            return zeros
+
+        def integers(*shape: int) -> Tensor:
+            return torch.full(shape, -1, dtype=torch.int64, device=device)
+
+        self.base_cache = cache(model.config)
+        self.module_cache = (
+            cache(model.module_config) if self._max_draft_tokens else torch.empty(0, device=device)
+        )
+        self.lengths = torch.zeros(2, batch, dtype=torch.int64, device=device)
+        # For the widest step; a narrower one's are their first elements.
+        self._all_pending = integers(batch * (self._max_draft_tokens + 1))
+        self._probs_size = model.draft_vocab_size if mode == "verify" and not greedy else 0
+        self._all_draft_probs = torch.empty(
+            batch * self._max_draft_tokens * self._probs_size, device=device
+        )
+        self.pending, self.draft_probs = self._views(self.num_draft_tokens)
+        self.scratch = torch.empty(0, dtype=torch.uint8, device=device)
+        self._scratch_threads = 0  # that the scratch has room for
+        self._sampling = (
+            float(temperature),
+            int(top_k),
+            float(top_p),
+            torch.tensor([seed % 2**63 for seed in seeds], dtype=torch.int64, device=device),
+        )
+        self._on_gpu = model.weights.is_cuda
+        self._graphs: dict[int, GraphedStep] = {}  # by drafts
+        self.steps = 0
+
+    def _experience(self, batch: int, greedy: bool) -> Experience:
+        """What decoders of this model share, for this batch, sampling and number of threads."""
+        return self.model.shared.setdefault(
+            (batch, greedy, _C.n_threads()), Experience(_C.MAX_DRAFTS)
+        )
+
+    def _views(self, num_draft_tokens: int) -> tuple[Tensor, Tensor]:
+        """pending [batch, n + 1] and draft_probs [batch, n, draft vocabulary], for n draft tokens."""
+        pending = (self.batch, num_draft_tokens + 1)
+        probs = (self.batch, num_draft_tokens, self._probs_size)
+        return (
+            self._all_pending[: math.prod(pending)].view(pending),
+            self._all_draft_probs[: math.prod(probs)].view(probs),
+        )
+
+    def set_num_draft_tokens(self, count: int) -> None:
+        """Sets the draft tokens of the following steps: 0 (standard steps) to the decoder's maximum.
+
+        For verify mode: its greedy text stays the same whatever is changed when. Surplus draft tokens are dropped.
+        Missing ones are padded with a token that counts as wrong, so that the next step drafts the full number. The
+        module does not see the tokens of steps without drafts, and goes on after them as if they were not there.
+
+        Raises RecycleError in other modes and for numbers out of range.
+        """
+        if self.mode != "verify":
+            raise RecycleError(f"mode is {self.mode!r}; drafts can be changed in verify alone")
+        if not 0 <= count <= self._max_draft_tokens:
+            raise RecycleError(f"drafts is {count}; it must be 0 to {self._max_draft_tokens}")
+        if count == self.num_draft_tokens:
+            return
+        common = min(count, self.num_draft_tokens)
+        pending, probs = self.pending[:, : common + 1].clone(), self.draft_probs[:, :common].clone()
+        self.num_draft_tokens = count
+        self.pending, self.draft_probs = self._views(count)
+        self.pending[:, : common + 1] = pending
+        self.pending[:, common + 1 :] = self._padding
+        self.draft_probs[:, :common] = probs
+        # A one-hot distribution for the padding, so that speculative sampling stays exact.
+        self.draft_probs[:, common:] = 0
+        self.draft_probs[:, common:, :1] = 1
+
+    @functools.cached_property
+    def _padding(self) -> int:
+        """The first token that the module can name."""
+        if not self.model.module_config.draft_vocab_size:
+            return 0
+        return int(read_plan(self.model.weights, self.model.plan).module.draft_vocab[0])
+
+    def arguments(self) -> tuple:
+        """What both ops take, in the order of their schemas."""
+        model = self.model
+        if model.weights.is_cuda:
+            if not len(self.scratch):
+                size = torch.ops.recycle.gpu_scratch_bytes(
+                    model.plan,
+                    model.weights.numel(),
+                    self.batch,
+                    self._max_draft_tokens,
+                    self._sampling[0] == 0,
+                    model.weights.device.index,
+                )
+                self.scratch = torch.empty(size, dtype=torch.uint8, device=model.weights.device)
+        elif (threads := _C.n_threads()) != self._scratch_threads:
+            needed = _C.scratch_bytes(
+                model.plan.numpy(),
+                model.weights.numpy(),
+                self.batch,
+                self._max_draft_tokens,
+                self._sampling[0] == 0,
+            )
+            self.scratch = torch.empty(needed, dtype=torch.uint8)
+            self._scratch_threads = threads
+        return (
+            model.weights,
+            model.plan,
+            self.base_cache,
+            self.module_cache,
+            self.pending,
+            self.lengths,
+            self.draft_probs,
+            self.scratch,
+            MODES[self.mode if self.num_draft_tokens else "standard"],
+            *self._sampling,
+        )
+
+    def prefill(self, prompt: Sequence[int], sequence: int = 0) -> int:
+        """Reads a prompt (token ids) into ``sequence``, from its start; returns the first new token."""
+        if len(prompt) >= self.capacity:
+            raise RecycleError(
+                f"the prompt has {len(prompt)} tokens; there is room for {self.capacity}, "
+                "new tokens included"
+            )
+        self._forget_steps(sequence)
+        ids = torch.tensor(prompt, dtype=torch.int64, device="cpu")
+        without_drafts = self.mode == "verify" and not self.num_draft_tokens
+        if without_drafts:  # the module reads the prompt all the same
+            self.set_num_draft_tokens(1)
+        torch.ops.recycle.prefill(*self.arguments(), sequence, ids)
+        if without_drafts:
+            self.set_num_draft_tokens(0)
+        return int(self.pending[sequence, 0])
+
+    def step(self) -> Step:
+        """One decode step of all sequences that have a prompt."""
+        self.steps += 1
+        if self._on_gpu:
+            graph = self._active_graph() or self._start()
+            tokens, counts = self._checked(*graph.read())
+            seconds = graph.seconds
+        else:
+            self._follow_policy()
+            begin = time.perf_counter()
+            tokens, counts = torch.ops.recycle.decode_step(*self.arguments())
+            seconds = time.perf_counter() - begin
+        step = Step(tokens, counts, tokens.shape[1] - 1, seconds)
+        if self.policy is not None:
+            accepted = [count - 1 for count in counts.tolist() if count > 0]
+            if accepted:
+                self.policy.observe(step.drafted, accepted, seconds)
+        return step
+
+    def run(self) -> Iterator[Step]:
+        """What ``step`` returns, step after step, without an end.
+
+        On a GPU the next step is started before the results of the last one are read, so the state is one step
+        further than what was returned. All started steps are read before the number of draft tokens changes.
+        """
+        while True:
+            if self._on_gpu:
+                while self._may_start():
+                    self._start()
+            yield self.step()
+
+    def _follow_policy(self) -> None:
+        if self.policy is not None:
+            self.set_num_draft_tokens(self.policy.choose())
+
+    def _may_start(self) -> bool:
+        """Whether another step can be started before the started ones are read."""
+        graph = self._active_graph()
+        if graph is None:
+            return True
+        wanted = self.num_draft_tokens if self.policy is None else self.policy.choose()
+        return graph.n_started < 2 and graph is self._graphs.get(wanted)
+
+    def _start(self) -> GraphedStep:
+        self._follow_policy()
+        graph = self.capture()
+        graph.start()
+        return graph
+
+    def _active_graph(self) -> GraphedStep | None:
+        """The one graph with steps that were started and not read."""
+        return next((graph for graph in self._graphs.values() if graph.n_started), None)
+
+    def capture(self) -> GraphedStep:
+        """The graph of a step with ``num_draft_tokens``, on a GPU; the first call captures it (a fraction of a second)."""
+        if self.num_draft_tokens not in self._graphs:
+            self._graphs[self.num_draft_tokens] = GraphedStep(self.arguments())
+        return self._graphs[self.num_draft_tokens]
+
+    def _checked(self, tokens: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Raises what a step on a GPU reports in counts (csrc/cuda/select.h)."""
+        for sequence, count in enumerate(counts.tolist()):
+            if count == -1:
+                raise RuntimeError(
+                    f"decode_step: a logit is NaN or infinite (sequence {sequence}, "
+                    f"position {int(self.lengths[0, sequence])} or one of its drafts)"
+                )
+            if count < 0:
+                raise ValueError(
+                    f"decode_step: sequence {sequence} has no room for another step, or a pending token "
+                    "outside the vocabulary"
+                )
+        return tokens, counts
+
+    def room(self, sequence: int = 0) -> int:
+        """Tokens a sequence may still grow by."""
+        return self.capacity - int(self.lengths[0, sequence]) - 1
+
+    def release(self, sequence: int) -> None:
+        """Ends a sequence: steps skip it until its next prefill."""
+        self._forget_steps(sequence)
+        self.pending[sequence] = -1
+
+    def _forget_steps(self, sequence: int) -> None:
+        """Drops the results of started steps: they belong to the sequence's previous text."""
+        for graph in self._graphs.values():
+            graph.forget(sequence)
+
+    def decode(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int | None = None,
+        end_tokens: Collection[int] = (),
+    ) -> Iterator[SequenceStep]:
+        """Prefill and decode steps of one sequence (batch 1), until an end token or ``max_new_tokens``.
+
+        prompt: token ids. max_new_tokens: at most; None, or more than fit: until the capacity is reached. The first
+        record is the prefill's, with one token and no draft tokens. Each record is cut at the end (SequenceStep.cut).
+        """
+        begin = time.perf_counter()
+        first = self.prefill(prompt)
+        if self._on_gpu:
+            self.capture()
+        left = self.room() + 1
+        if max_new_tokens is not None:
+            left = min(left, max_new_tokens)
+        record = SequenceStep([first], 0, 0, time.perf_counter() - begin)
+        steps = self.run()
+        while True:
+            yield record
+            left -= len(record.tokens)
+            if left <= 0 or record.tokens[-1] in end_tokens:
+                return
+            begin = time.perf_counter()
+            step = next(steps).sequence()
+            record = dataclasses.replace(step, seconds=time.perf_counter() - begin).cut(
+                left, end_tokens
+            )
+
+    def stream(self, prompt: Sequence[int]) -> Iterator[int]:
+        """Token ids after the prompt, one by one, until the capacity is reached (batch 1)."""
+        for record in self.decode(prompt):
+            yield from record.tokens

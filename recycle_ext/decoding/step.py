@@ -1,0 +1,60 @@
+"""What one decode step gave: the record that every loop around the decoder reads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SequenceStep:
+    """One decode step of one sequence.
+
+    tokens: the accepted draft tokens, then one token of the base model's own. drafted: draft tokens that the base
+    model verified. accepted: how many of them count. seconds: wall-clock time of the step (of the whole batch).
+    """
+
+    tokens: list[int]
+    drafted: int
+    accepted: int
+    seconds: float
+
+    def cut(self, max_tokens: int, end_tokens: Collection[int] = ()) -> SequenceStep:
+        """The same step up to its first end token (included), at most ``max_tokens`` tokens.
+
+        Draft tokens behind the cut are not counted, neither as drafted nor as accepted.
+        """
+        for index, token in enumerate(self.tokens[:max_tokens]):
+            if token in end_tokens:
+                max_tokens = index + 1
+                break
+        if max_tokens > self.drafted:
+            return self
+        return SequenceStep(
+            self.tokens[:max_tokens],
+            min(self.drafted, max_tokens),
+            min(self.accepted, max_tokens),
+            self.seconds,
+        )
+
+
+class Step(NamedTuple):
+    """One decode step of a batch.
+
+    tokens [batch, drafted + 1] int64: the new tokens of each sequence, then -1. counts [batch] int64: how many; 0 for
+    an idle sequence. Both on the CPU. drafted: draft tokens of each sequence. seconds: wall-clock time of the step.
+    """
+
+    tokens: Tensor
+    counts: Tensor
+    drafted: int
+    seconds: float
+
+    def sequence(self, index: int = 0) -> SequenceStep:
+        """The step of one sequence; an idle one has neither tokens nor draft tokens."""
+        count = int(self.counts[index])
+        tokens = self.tokens[index, :count].tolist()
+        return SequenceStep(tokens, self.drafted if count else 0, max(count - 1, 0), self.seconds)

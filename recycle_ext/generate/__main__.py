@@ -1,0 +1,148 @@
+"""python -m recycle_ext.generate: a prompt in, text and figures out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from recycle_ext.command_line import INTERRUPTED, exit_status
+from recycle_ext.decoding.decoder import MODES
+from recycle_ext.errors import RecycleError
+from recycle_ext.generate import generate
+from recycle_ext.generate.generation import Generation, Statistics
+from recycle_ext.generate.options import add_model_options, model_of, number_of_drafts
+from recycle_ext.measuring.bandwidth import read_bandwidth
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, described by --help."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recycle_ext.generate",
+        description="Continues a prompt with a Llama-family model and its recyclable module.",
+    )
+    parser.add_argument(
+        "prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input"
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        help="standard: the base model alone; verify: the same tokens, faster; alternate: the module's "
+        "tokens always count (default: verify if there is a module)",
+    )
+    parser.add_argument(
+        "--drafts",
+        type=number_of_drafts,
+        default=1,
+        metavar="K",
+        help="tokens the module guesses a step, 1 to 4 (default: 1), or auto: 0 to 4 as it pays, in verify mode; "
+        "with a temperature a seed then no longer repeats its text",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, help="0: all tokens (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1: all tokens (default)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--chat", action="store_true", help="the prompt is a message: use the model's chat template"
+    )
+    parser.add_argument(
+        "--stats",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="figures on standard error at the end (default: on a terminal)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+    return parser.parse_args(arguments)
+
+
+def figures(statistics: Statistics, read_bandwidth: float) -> str:
+    """A few aligned lines. read_bandwidth: bytes a second that this machine reads."""
+    s = statistics
+    prefill_rate = s.prompt_tokens / s.prefill_seconds if s.prefill_seconds else 0.0
+    lines = [
+        f"prefill     {s.prompt_tokens:6d} tokens  {s.prefill_seconds:7.3f} s  {prefill_rate:8.1f} tokens/s",
+        f"decode      {s.decoded_tokens:6d} tokens  {s.decode_seconds:7.3f} s  "
+        f"{s.tokens_per_second:8.1f} tokens/s  ({s.mode})",
+    ]
+    if s.acceptance_rate is not None:
+        saved = s.decoded_tokens - s.steps
+        lines += [
+            f"acceptance  {s.acceptance_rate:6.1%} of {s.offered_drafts} drafts",
+            f"base steps  {s.steps:6d} for {s.decoded_tokens} tokens: {saved} saved",
+        ]
+    share = s.gigabytes_per_second * 1e9 / read_bandwidth
+    lines.append(
+        f"weights     {s.weight_bytes / 1e6:6.1f} MB, read at {s.gigabytes_per_second:.1f} GB/s: "
+        f"{share:.0%} of this machine's {read_bandwidth / 1e9:.1f} GB/s"
+    )
+    return "\n".join(lines)
+
+
+def json_object(generation: Generation) -> dict:
+    """What --json prints."""
+    values = generation.statistics.as_dict()
+    names = [
+        "prompt_tokens",
+        "new_tokens",
+        "mode",
+        "drafts",
+        "steps",
+        "acceptance_rate",
+        "prefill_seconds",
+        "decode_seconds",
+        "tokens_per_second",
+        "weight_bytes",
+        "gigabytes_per_second",
+    ]
+    return {"text": generation.text, "token_ids": generation.token_ids} | {
+        name: values[name] for name in names
+    }
+
+
+def run(options: argparse.Namespace) -> int:
+    """Generates and prints; returns the exit status."""
+    prompt = options.prompt
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise RecycleError(f"standard input is not UTF-8: {error.reason}") from None
+    generation = generate(
+        model := model_of(options),
+        prompt,
+        mode=options.mode,
+        drafts=options.drafts,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        chat=options.chat,
+        cache_dtype=options.cache_dtype,
+    )
+    status = 0
+    try:
+        for piece in generation:
+            if not options.json:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    print(json.dumps(json_object(generation)) if options.json else "", flush=True)
+    if options.stats or (options.stats is None and sys.stderr.isatty() and not options.json):
+        weights = model.packed.weights
+        bandwidth = read_bandwidth(weights.device, weights.numel())
+        print("\n" + figures(generation.statistics, bandwidth), file=sys.stderr)
+    return status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    options = parse_arguments(arguments)
+    return exit_status(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What bench, eval, train and info share: machines, bandwidth, interleaved runs, tables. Knows no model."""

@@ -1,0 +1,1 @@
+"""The operators of torch.ops.recycle: their registration, and what of them is PyTorch."""
