@@ -48,9 +48,7 @@ class _FormerNames(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         names = [f"{__package__}.{name}" for name in _NOW[module.__name__.partition(".")[2]]]
-        message = (
-            f"{module.__name__} is now {' and '.join(names)}; the old name will go (CHANGELOG.md)"
-        )
+        message = f"{module.__name__} is now {' and '.join(names)}; the old name will go (CHANGELOG.md)"
         warnings.warn(message, DeprecationWarning, stacklevel=6)
 
         def find(attribute: str) -> Any:

@@ -39,9 +39,7 @@ def check_device(device: str | torch.device) -> torch.device:
     if asked.type == "cpu":
         return torch.device("cpu")
     if torch.version.cuda is None:
-        raise RecycleError(
-            f"device is {str(device)!r}, but torch {torch.__version__} was built without CUDA"
-        )
+        raise RecycleError(f"device is {str(device)!r}, but torch {torch.__version__} was built without CUDA")
     if not _CUDA_LIBRARY.exists():
         raise RecycleError(
             f"device is {str(device)!r}, but recycle_ext was built without CUDA: install it again where "
@@ -60,9 +58,7 @@ def _(q, k, v, cache, lengths, inv_freq, q_norm=None, k_norm=None, eps=1e-5) -> 
 
 
 @torch.library.register_fake("recycle::recycle_head")
-def _(
-    hidden, norm, eps, head, format, n_vocab, positions, temperature, top_k, top_p, seeds
-) -> tuple[Tensor, Tensor]:
+def _(hidden, norm, eps, head, format, n_vocab, positions, temperature, top_k, top_p, seeds) -> tuple[Tensor, Tensor]:
     rows = hidden.shape[0]
     return hidden.new_empty(rows, dtype=torch.int64), hidden.new_empty(rows)
 

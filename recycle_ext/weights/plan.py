@@ -113,9 +113,7 @@ class PlanWriter:
         """The entry of a vector that is not there."""
         self.numbers(_ABSENT)
 
-    def matrix(
-        self, source: TensorSource, format: str, ids: Tensor | None = None
-    ) -> tuple[int, int, int, int]:
+    def matrix(self, source: TensorSource, format: str, ids: Tensor | None = None) -> tuple[int, int, int, int]:
         """A matrix, or its rows ``ids`` (ascending); returns its entries (offset, format, n, k).
 
         A quantized format becomes bf16 where the rows are no multiple of 32. Raises RecycleError where they are
@@ -126,8 +124,7 @@ class PlanWriter:
             format = "bf16"
         if k % PANEL_ROWS:
             raise RecycleError(
-                f"{source.file}: tensor {source.name} has rows of {k}; "
-                "the kernels need a multiple of 16"
+                f"{source.file}: tensor {source.name} has rows of {k}; the kernels need a multiple of 16"
             )
         size = matrix_bytes(format, n, k)
         entries = (self._reserve(size), FORMATS[format], n, k)
@@ -307,9 +304,7 @@ class _PlanReader:
     def _layers(self, stack: Stack) -> None:
         for _ in range(stack.n_layers):
             fields = {
-                field: self._matrix()
-                if field in _MATRICES
-                else self._vector(_vector_size(stack, field))
+                field: self._matrix() if field in _MATRICES else self._vector(_vector_size(stack, field))
                 for field in _LAYER
             }
             stack.layers.append(Layer(**fields))
