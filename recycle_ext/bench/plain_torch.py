@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recycle_ext.checkpoint.config import ModelConfig
-from recycle_ext.ops.functional import rope_tables, apply_rope
+from recycle_ext.ops.functional import apply_rope, rope_tables
 from recycle_ext.reference.model import BaseModel
 
 

@@ -6,6 +6,7 @@ reads it in C++. Here are its one writer and its one reader in Python, which sha
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -80,11 +81,11 @@ class PlanWriter:
         self._weights = weights
 
     def header(self, has_module: bool) -> None:
-        """Magic, version, length (see ``finish``) and whether there is a module."""
+        """Magic, version, length and whether there is a module."""
         self.numbers(_C.PLAN_MAGIC, _C.PLAN_VERSION, 0, int(has_module))
 
     def finish(self) -> None:
-        """Fills in the table's length."""
+        """Fills in the length of the table."""
         self.entries[2] = len(self.entries)
 
     def numbers(self, *numbers: int) -> None:
@@ -183,24 +184,8 @@ def _rows(source: TensorSource, format: str, start: int, stop: int) -> Tensor:
     return convert_rows(source.float_rows(start, stop), format)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One transformer layer; None stands for an absent vector."""
-
-    input_norm: Tensor | None
-    q: Matrix
-    k: Matrix
-    v: Matrix
-    q_bias: Tensor | None
-    k_bias: Tensor | None
-    v_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    o: Matrix
-    post_norm: Tensor
-    gate: Matrix
-    up: Matrix
-    down: Matrix
+# One transformer layer: each field of _LAYER is a Matrix, a float32 Tensor, or None where the vector is absent.
+Layer = dataclasses.make_dataclass("Layer", _LAYER, frozen=True)
 
 
 @dataclass
@@ -215,7 +200,7 @@ class Stack:
     head_dim: int
     eps: float
     inv_freq: Tensor  # float32 [head_dim / 2]
-    layers: list[Layer]
+    layers: list  # of Layer
 
 
 @dataclass(frozen=True)
