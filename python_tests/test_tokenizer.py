@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from recycle_ext.checkpoint.base_model import open_checkpoint
-from recycle_ext.checkpoint.gguf import GgufHeader
+from recycle_ext.checkpoint.gguf_header import GgufHeader
 from recycle_ext.errors import RecycleError
 from recycle_ext.text.tokenizer import from_gguf
 
@@ -213,7 +213,7 @@ def write_vocabulary(file: Path, **changes) -> GgufHeader:
 
 def gguf_tokenizer(header: GgufHeader, folder: Path):
     config = write_base(folder / "sizes", vocab_size=300).config
-    return from_gguf(header, config)
+    return from_gguf(header, config.vocab_size, config.eos_token_ids)
 
 
 @pytest.mark.parametrize("text", ["abc", "abcab  cab.", "caabbc abc", "é a", "b\nc", "xyz"])

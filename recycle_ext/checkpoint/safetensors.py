@@ -15,14 +15,14 @@ _FORMATS = {"F32": ("f32", 4), "F16": ("f16", 2), "BF16": ("bf16", 2), "I64": ("
 
 
 def read_names(file: Path) -> list[str]:
-    """Names of all tensors, of whatever kind. Raises as ``read_tensors`` does."""
+    """Names of all tensors, of any dtype. Raises as ``read_tensors`` does."""
     return list(_header(file)[1])
 
 
 def read_tensors(file: Path, only: Container[str] | None = None) -> dict[str, TensorSource]:
-    """Every tensor by name. RecycleError for a file that is damaged, cut off or something else.
+    """Every tensor by name. Raises RecycleError for a damaged or truncated file, and for another kind of file.
 
-    only: read these and leave the others, which may then be of a kind that is not supported.
+    only: the names to read; the other tensors may be of a dtype that is not supported.
     """
     start, header = _header(file)
     return {
@@ -33,9 +33,9 @@ def read_tensors(file: Path, only: Container[str] | None = None) -> dict[str, Te
 
 
 def _header(file: Path) -> tuple[int, dict]:
-    """Where the first tensor starts, and the entry of each."""
+    """Byte at which the first tensor starts, and the header's entry of each tensor."""
     try:
-        # The library checks the header, and that the tensors fill the file exactly.
+        # The library checks the header, and that the tensors fill the file exactly; it does not tell their offsets.
         with safe_open(file, framework="pt"):
             pass
         with open(file, "rb") as stream:

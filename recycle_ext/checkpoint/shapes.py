@@ -1,4 +1,4 @@
-"""Which tensors a model of given sizes has, and their shapes."""
+"""Names and shapes of the tensors of a model of given sizes."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def module_shapes(config: ModuleConfig) -> Shapes:
 
 
 def check_layers(n_layers: int, tensors: Mapping[str, TensorSource], file: str) -> None:
-    """Refuses a number of layers that listing their shapes would run out of memory for."""
+    """Refuses more layers than tensors, before listing their shapes takes all memory."""
     if n_layers > len(tensors):
         raise RecycleError(f"{file}: {n_layers} layers, and only {len(tensors)} tensors")
 
 
 def check_tensors(tensors: Mapping[str, TensorSource], shapes: Shapes, file: str) -> None:
-    """Refuses a missing tensor, one that is not expected, and a wrong shape."""
+    """Refuses a missing tensor, an unexpected tensor and a wrong shape."""
     for name, shape in shapes.items():
         if name not in tensors:
             raise RecycleError(
