@@ -6,9 +6,10 @@
 #include <utility>
 
 #include "../kernels.h"
+#include "gemm.h"
+
 #include "attention.h"
 #include "elementwise.h"
-#include "gemm.h"
 
 #define RECYCLE_NAME_OF(isa) #isa
 #define RECYCLE_NAME(isa) RECYCLE_NAME_OF(isa)
