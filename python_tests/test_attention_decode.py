@@ -9,7 +9,7 @@ from tolerance import assert_as_good_as
 
 from recycle_ext import _C
 from recycle_ext.checkpoint.config import rope_inv_freq
-from recycle_ext.ops.functional import rope_tables, apply_rope
+from recycle_ext.ops.functional import apply_rope, rope_tables
 from recycle_ext.reference import ops as reference_ops
 from recycle_ext.reference.ops import from_rows, to_rows
 

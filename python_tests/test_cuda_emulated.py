@@ -18,9 +18,9 @@ from models import ARCHITECTURES, write_base, write_module
 
 from recycle_ext.bench.random_model import SHAPES, random_model
 from recycle_ext.decoding.decoder import MODES, Decoder
-from recycle_ext.weights.plan import read_plan
 from recycle_ext.weights.layout import pack_matrix
 from recycle_ext.weights.pack import pack_model
+from recycle_ext.weights.plan import read_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
