@@ -160,13 +160,13 @@ DecodeState check_state(const char* op, const Tensor& weights, const Tensor& pla
   state.mode = static_cast<Mode>(mode);
   check(op, "pending", pending, ScalarType::Long, {kAny, kAny}, place);
   state.batch = pending.size(0);
-  state.drafts = pending.size(1) - 1;
-  const int64_t most = state.mode == Mode::standard ? 0 : kMaxDrafts;
+  state.num_draft_tokens = pending.size(1) - 1;
+  const int64_t most = state.mode == Mode::standard ? 0 : kMaxDraftTokens;
   const int64_t fewest = state.mode == Mode::standard ? 0 : 1;
-  if (state.batch < 1 || state.drafts < fewest || state.drafts > most)
+  if (state.batch < 1 || state.num_draft_tokens < fewest || state.num_draft_tokens > most)
     fail(op, "pending has shape ", shape_text(pending.sizes()), "; it must be [batch, 1 + drafts]",
          state.mode == Mode::standard ? " without drafts in standard mode" : " with 1 to 4 drafts");
-  if (state.drafts > 0 && !model->has_module)
+  if (state.num_draft_tokens > 0 && !model->has_module)
     fail(op, "this mode needs a module, and the plan has none");
   state.pending = data<int64_t>(pending);
   check(op, "lengths", lengths, ScalarType::Long, {2, state.batch}, place);
@@ -174,12 +174,12 @@ DecodeState check_state(const char* op, const Tensor& weights, const Tensor& pla
   state.sampling = check_sampling(op, temperature, top_k, top_p, seeds, state.batch, place);
   state.base_cache =
       check_cache(op, "base_cache", base_cache, model->base.stack, state.batch, place);
-  if (state.drafts > 0)
+  if (state.num_draft_tokens > 0)
     state.module_cache =
         check_cache(op, "module_cache", module_cache, model->module.stack, state.batch, place);
   if (state.mode == Mode::verify && !state.sampling.greedy()) {
     check(op, "draft_probs", draft_probs, ScalarType::Float,
-          {state.batch, state.drafts, model->module.head.n}, place);
+          {state.batch, state.num_draft_tokens, model->module.head.n}, place);
     state.draft_probs = data<float>(draft_probs);
   }
   check_bytes(op, "scratch", scratch, scratch_bytes(state), place);
@@ -188,8 +188,9 @@ DecodeState check_state(const char* op, const Tensor& weights, const Tensor& pla
 }
 
 inline int64_t capacity_of(const DecodeState& state) {
-  return state.drafts > 0 ? std::min(state.base_cache.capacity, state.module_cache.capacity)
-                          : state.base_cache.capacity;
+  return state.num_draft_tokens > 0
+             ? std::min(state.base_cache.capacity, state.module_cache.capacity)
+             : state.base_cache.capacity;
 }
 
 }  // namespace recycle::bindings

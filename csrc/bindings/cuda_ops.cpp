@@ -9,10 +9,10 @@
 #include <optional>
 #include <tuple>
 
+#include "check_arguments.h"
 #include "device_info.h"
 #include "recycle/format.h"
 #include "single_ops.h"
-#include "check_arguments.h"
 
 namespace recycle::bindings {
 
@@ -130,11 +130,11 @@ std::tuple<Tensor, Tensor> step(const char* op, const Tensor& weights, const Ten
   const DecodeState state = check_state(
       op, weights, plan, base_cache, module_cache, pending, lengths, draft_probs, scratch, mode,
       temperature, top_k, top_p, seeds, &model, place, [&](const DecodeState& state) {
-        return cuda::decode_scratch_bytes(*state.model, state.batch, state.drafts,
+        return cuda::decode_scratch_bytes(*state.model, state.batch, state.num_draft_tokens,
                                           state.sampling.greedy(), device);
       });
   check_gpu_cache(op, "base_cache", base_cache, model.base.stack.head_dim, device);
-  if (state.drafts > 0) {
+  if (state.num_draft_tokens > 0) {
     check_gpu_cache(op, "module_cache", module_cache, model.module.stack.head_dim, device);
     if (module_cache.scalar_type() != base_cache.scalar_type())
       fail(op, "module_cache is ", name_of(module_cache.scalar_type()), ", base_cache ",

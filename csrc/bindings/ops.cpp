@@ -11,6 +11,7 @@
 #include <optional>
 #include <tuple>
 
+#include "check_arguments.h"
 #include "check_tensor.h"
 #include "recycle/attention.h"
 #include "recycle/decode_step.h"
@@ -18,7 +19,6 @@
 #include "recycle/head.h"
 #include "recycle/model.h"
 #include "recycle/parallel.h"
-#include "check_arguments.h"
 
 namespace recycle::bindings {
 
@@ -82,8 +82,8 @@ std::tuple<Tensor, Tensor> recycle_head(const Tensor& hidden, const std::optiona
 // ---- decode_step and prefill -------------------------------------------------------------------------
 
 int64_t scratch_bytes(const DecodeState& state) {
-  return decode_scratch_bytes(*state.model, state.batch, state.drafts, state.sampling.greedy(),
-                              n_threads());
+  return decode_scratch_bytes(*state.model, state.batch, state.num_draft_tokens,
+                              state.sampling.greedy(), n_threads());
 }
 
 std::tuple<Tensor, Tensor> decode_step(const Tensor& weights, const Tensor& plan,
@@ -98,11 +98,11 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& weights, const Tensor& plan
       check_state(op, weights, plan, base_cache, module_cache, pending, lengths, draft_probs,
                   scratch, mode, temperature, top_k, top_p, seeds, &model, {}, scratch_bytes);
   const int64_t vocab = model.base.head.n;
-  const int64_t room = positions_needed(state.drafts);
+  const int64_t room = positions_needed(state.num_draft_tokens);
   for (int64_t b = 0; b < state.batch; ++b) {
-    const int64_t* tokens = state.pending + b * (state.drafts + 1);
+    const int64_t* tokens = state.pending + b * (state.num_draft_tokens + 1);
     if (tokens[0] < 0) continue;
-    for (int64_t j = 0; j <= state.drafts; ++j)
+    for (int64_t j = 0; j <= state.num_draft_tokens; ++j)
       if (tokens[j] < 0 || tokens[j] >= vocab)
         fail(op, "pending[", b, "][", j, "] is ", tokens[j], "; token ids are 0 to ", vocab - 1);
     const int64_t length = state.lengths[b];
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& weights, const Tensor& plan
       fail(op, "lengths[0][", b, "] is ", length, " and a step needs ", room,
            " more positions, but the caches have room for ", capacity_of(state));
     const int64_t read = state.module_lengths()[b];
-    if (state.drafts > 0 && (read < 0 || read > length))
+    if (state.num_draft_tokens > 0 && (read < 0 || read > length))
       fail(op, "lengths[1][", b, "] is ", read, "; the module may have read 0 to ", length,
            " positions, as many as the base");
   }
@@ -142,7 +142,7 @@ void prefill(const Tensor& weights, const Tensor& plan, const Tensor& base_cache
     if (token < 0 || token >= vocab)
       fail(op, "prompt[", i, "] is ", token, "; token ids are 0 to ", vocab - 1);
   }
-  const int64_t room = n_prompt + std::max<int64_t>(state.drafts - 1, 0);
+  const int64_t room = n_prompt + std::max<int64_t>(state.num_draft_tokens - 1, 0);
   if (room > capacity_of(state))
     fail(op, "prompt has ", n_prompt, " tokens, but the caches have room for ", capacity_of(state),
          " positions");

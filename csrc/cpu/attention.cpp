@@ -238,7 +238,7 @@ void run(const Team& team, void* context) {
   copy(call.work.k, params.k, kv_size);
   copy(call.work.v, params.v, kv_size);
   rope_tables(team, call.rows, params.inv_freq, params.head_dim, call.work);
-  team.barrier(Phase::lead);
+  team.barrier(Phase::leader);
   rotate_and_append(team.share(call.shape.n_heads + call.shape.n_kv_heads),
                     share_v(team, call.shape, params.cache.type), call.rows, call.shape,
                     params.q_norm, params.k_norm, params.eps, params.cache, 0, call.work);

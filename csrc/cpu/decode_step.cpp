@@ -16,12 +16,13 @@
 #include <algorithm>
 #include <cstring>
 
-#include "transformer.h"
 #include "lm_head.h"
 #include "pack.h"
 #include "recycle/arena.h"
+#include "recycle/choice.h"
 #include "recycle/random.h"
 #include "sampling.h"
+#include "transformer.h"
 
 namespace recycle {
 
@@ -70,16 +71,16 @@ class Step {
 
   void decode(int64_t* tokens, int64_t* counts) {
     if (leads()) lead_base_rows(tokens, counts);
-    team_.barrier(Phase::lead);
+    team_.barrier(Phase::leader);
     run_base();
     if (leads()) lead_head_rows();
-    team_.barrier(Phase::lead);
+    team_.barrier(Phase::leader);
     run_head(model_.base.head, work_.hidden, nullptr, 0, n_head_rows(),
-             state_.drafts > 0 ? first_of_module() : first_of_base());
+             state_.num_draft_tokens > 0 ? first_of_module() : first_of_base());
     if (leads()) lead_choice(tokens, counts);
-    team_.barrier(Phase::lead);
+    team_.barrier(Phase::leader);
     if (failed()) return;
-    if (state_.drafts > 0 && work_.rows.n > 0) {
+    if (state_.num_draft_tokens > 0 && work_.rows.n > 0) {
       run_module(work_.hidden);
       run_drafts();
     }
@@ -96,24 +97,25 @@ class Step {
         std::copy_n(prompt + first, count, work_.tokens);
         work_.source[0] = count - 1;
       }
-      team_.barrier(Phase::lead);
+      team_.barrier(Phase::leader);
       run_base();
       if (is_last) {
         run_head(model_.base.head, work_.hidden, nullptr, 0, 1, first_of_base());
         if (leads()) lead_first_token(sequence, n_prompt);
-        team_.barrier(Phase::lead);
+        team_.barrier(Phase::leader);
         if (failed()) return;
       }
-      if (state_.drafts == 0) continue;
+      if (state_.num_draft_tokens == 0) continue;
       if (leads()) {
         std::copy_n(prompt + first + 1, is_last ? count - 1 : count, work_.tokens);
-        if (is_last) work_.tokens[count - 1] = work_.pending[sequence * (state_.drafts + 1)];
+        if (is_last)
+          work_.tokens[count - 1] = work_.pending[sequence * (state_.num_draft_tokens + 1)];
         for (int64_t row = 0; row < count; ++row) work_.source[row] = row;
       }
-      team_.barrier(Phase::lead);
+      team_.barrier(Phase::leader);
       run_module(work_.hidden);
     }
-    if (state_.drafts > 0) run_drafts();
+    if (state_.num_draft_tokens > 0) run_drafts();
     if (leads() && !failed()) lead_commit();
   }
 
@@ -121,7 +123,7 @@ class Step {
   bool leads() const { return team_.thread == 0; }
   bool failed() const { return work_.status.code != StatusCode::ok; }
   bool greedy() const { return state_.sampling.greedy(); }
-  int64_t width() const { return state_.drafts + 1; }  // pending tokens of a sequence
+  int64_t width() const { return state_.num_draft_tokens + 1; }  // pending tokens of a sequence
 
   // ---- passes -------------------------------------------------------------------------------------
 
@@ -134,13 +136,13 @@ class Step {
       unpack_row(base.embedding, work_.tokens[row], work_.forward.x + row * hidden);
     rope_tables(team_, work_.rows, base.stack.inv_freq, base.stack.head_dim,
                 work_.forward.attention);
-    team_.barrier(Phase::lead);
+    team_.barrier(Phase::leader);
     forward(team_, base.stack, state_.base_cache, work_.rows, first_weights(team_, base.head),
             work_.forward);
     for (int64_t row = own.begin; row < own.end; ++row)
       kernels().rms_norm(work_.forward.x + row * hidden, base.final_norm, base.stack.eps, hidden,
                          work_.hidden + row * hidden);
-    team_.barrier(Phase::lead);
+    team_.barrier(Phase::leader);
   }
 
   // work.rows, work.tokens and the hidden states at work.source -> module cache, work.forward.x
@@ -157,7 +159,7 @@ class Step {
     }
     rope_tables(team_, work_.rows, module.stack.inv_freq, module.stack.head_dim,
                 work_.forward.attention);
-    team_.barrier(Phase::lead);
+    team_.barrier(Phase::leader);
     const ThreadWork& own_work = work_.forward.threads[team_.thread];
     const Matrix& matrix = module.input_proj;
     product_tiles(matrix, team_.share(n_panels(matrix.n)),
@@ -170,7 +172,7 @@ class Step {
                     for (int64_t i = 0; i < count; ++i)
                       to[i] = bias != nullptr ? values[i] + bias[n + i] : values[i];
                   });
-    team_.barrier(Phase::input);
+    team_.barrier(Phase::input_proj);
     forward(team_, module.stack, state_.module_cache, work_.rows, first_weights(team_, module.head),
             work_.forward);
     team_.in_module = false;
@@ -229,27 +231,27 @@ class Step {
         work_.picks[row] = finite ? 0 : -1;
       }
     }
-    team_.barrier(Phase::pick);
+    team_.barrier(Phase::select);
   }
 
   // The module has run over the confirmed rows of each sequence: its guess after the last of them is the
   // first draft. Each further draft comes from the module's own output in the place of h.
   void run_drafts() {
     const Module& module = model_.module;
-    for (int64_t draft = 0; draft < state_.drafts; ++draft) {
+    for (int64_t draft = 0; draft < state_.num_draft_tokens; ++draft) {
       if (draft > 0) run_module(work_.forward.x);
       if (leads()) {
         for (int64_t s = 0; s < work_.rows.n_segments; ++s)
           work_.source[s] = work_.rows.segments[s].row + work_.rows.segments[s].n_rows - 1;
       }
-      team_.barrier(Phase::lead);
+      team_.barrier(Phase::leader);
       team_.in_module = true;
       run_head(module.head, work_.forward.x, module.output_norm, module.stack.eps,
                work_.rows.n_segments,
-               draft + 1 < state_.drafts ? first_of_module() : first_of_base());
+               draft + 1 < state_.num_draft_tokens ? first_of_module() : first_of_base());
       team_.in_module = false;
       if (leads()) lead_draft(draft);
-      team_.barrier(Phase::lead);
+      team_.barrier(Phase::leader);
       if (failed()) return;
     }
   }
@@ -276,14 +278,14 @@ class Step {
 
   void lead_head_rows() {
     for (int64_t row = 0; row < n_head_rows(); ++row)
-      work_.source[row] = asks_every_row() ? row : row * width() + state_.drafts;
+      work_.source[row] = asks_every_row() ? row : row * width() + state_.num_draft_tokens;
   }
 
   bool lead_check_finite(int64_t count, int64_t rows_a_sequence, int64_t offset) {
     for (int64_t row = 0; row < count; ++row) {
       if (work_.picks[row] >= 0) continue;
       const Segment& segment = work_.rows.segments[row / rows_a_sequence];
-      work_.status = {StatusCode::non_finite, segment.sequence,
+      work_.status = {StatusCode::nonfinite, segment.sequence,
                       segment.position + offset + row % rows_a_sequence};
       return false;
     }
@@ -302,7 +304,7 @@ class Step {
       const int64_t* pending = state_.pending + b * width();
       const Choice choice = asks_every_row() ? verify(s, segment) : accept_all(s, segment);
       counts[b] = work_.grown[b] = choice.accepted + 1;
-      if (state_.drafts == 0) work_.skipped[b] += work_.grown[b];
+      if (state_.num_draft_tokens == 0) work_.skipped[b] += work_.grown[b];
       std::copy_n(pending + 1, choice.accepted, tokens + b * width());
       tokens[b * width() + choice.accepted] = choice.token;
       work_.pending[b * width()] = choice.token;
@@ -316,26 +318,20 @@ class Step {
     }
   }
 
-  struct Choice {
-    int64_t accepted;  // drafts
-    int64_t token;     // the base's own, after them
-  };
-
   Choice accept_all(int64_t s, const Segment& segment) {
     const int64_t position = segment.position + width();
-    return {state_.drafts,
+    return {state_.num_draft_tokens,
             choose(s, model_.base.head.n, segment.sequence, position, Stream::sample)};
   }
 
   Choice verify(int64_t s, const Segment& segment) {
     const int64_t* pending = state_.pending + segment.sequence * width();
     const int64_t row = s * width();
+    if (greedy())
+      return verify_greedy(pending, state_.num_draft_tokens,
+                           [&](int64_t j) { return work_.picks[row + j]; });
     int64_t a = 0;
-    if (greedy()) {
-      while (a < state_.drafts && work_.picks[row + a] == pending[a + 1]) ++a;
-      return {a, work_.picks[row + a]};
-    }
-    for (; a < state_.drafts; ++a) {
+    for (; a < state_.num_draft_tokens; ++a) {
       const int64_t position = segment.position + a + 1;
       if (!accepts(row + a, segment.sequence, a, position))
         return {a, resample(row + a, segment.sequence, a, position)};
@@ -350,7 +346,7 @@ class Step {
     const int64_t token = state_.pending[sequence * width() + draft + 1];
     const float p = probs(row)[token];
     const float q = draft_probs(sequence, draft)[draft_index(token)];
-    return random(sequence, position, Stream::accept) * q < p;
+    return accepts_draft(random(sequence, position, Stream::accept), p, q);
   }
 
   int64_t resample(int64_t row, int64_t sequence, int64_t draft, int64_t position) {
@@ -358,7 +354,7 @@ class Step {
     const float* q = draft_probs(sequence, draft);
     for (int64_t i = 0; i < model_.module.head.n; ++i) {
       float& probability = p[draft_token(i)];
-      probability = std::max(probability - q[i], 0.0f);
+      probability = residual(probability, q[i]);
     }
     return draw(p, model_.base.head.n, random(sequence, position, Stream::resample));
   }
@@ -371,7 +367,7 @@ class Step {
       work_.skipped[b] = state_.lengths[b] - state_.module_lengths()[b];
     }
     work_.grown[sequence] = n_prompt - state_.lengths[sequence];
-    work_.skipped[sequence] = state_.drafts > 0 ? 0 : n_prompt;
+    work_.skipped[sequence] = state_.num_draft_tokens > 0 ? 0 : n_prompt;
     work_.pending[sequence * width()] =
         choose(0, model_.base.head.n, sequence, n_prompt, Stream::sample);
   }
@@ -385,7 +381,7 @@ class Step {
       // Draws and messages go by the text's positions, which are the base's.
       const int64_t position = row + work_.skipped[segment.sequence];
       if (work_.picks[s] < 0) {
-        work_.status = {StatusCode::non_finite, segment.sequence, position};
+        work_.status = {StatusCode::nonfinite, segment.sequence, position};
         return;
       }
       const int64_t index =
@@ -414,7 +410,7 @@ class Step {
   float* probs(int64_t row) const { return work_.head.probs + row * work_.head.max_n; }
 
   float* draft_probs(int64_t sequence, int64_t draft) const {
-    return state_.draft_probs + (sequence * state_.drafts + draft) * model_.module.head.n;
+    return state_.draft_probs + (sequence * state_.num_draft_tokens + draft) * model_.module.head.n;
   }
 
   float random(int64_t sequence, int64_t position, Stream stream) const {
@@ -461,7 +457,8 @@ struct PrefillCall {
 
 void take(const DecodeState& state, Work& work) {
   Arena arena(state.scratch);
-  work.take(arena, *state.model, state.batch, state.drafts, state.sampling.greedy(), n_threads());
+  work.take(arena, *state.model, state.batch, state.num_draft_tokens, state.sampling.greedy(),
+            n_threads());
 }
 
 }  // namespace

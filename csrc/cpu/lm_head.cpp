@@ -186,7 +186,7 @@ Status recycle_head(const HeadParams& params) {
   parallel(run, &call);
   for (int64_t row = 0; row < params.n_rows; ++row)
     if (params.tokens[row] < 0)
-      return {StatusCode::non_finite, row,
+      return {StatusCode::nonfinite, row,
               params.positions != nullptr ? params.positions[row] : int64_t{-1}};
   return {};
 }

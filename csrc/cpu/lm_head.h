@@ -4,11 +4,11 @@
 
 #include <cstdint>
 
-#include "transformer.h"
 #include "kernels.h"
 #include "recycle/arena.h"
 #include "recycle/head.h"
 #include "recycle/parallel.h"
+#include "transformer.h"
 
 namespace recycle {
 

@@ -85,9 +85,9 @@ class LayerPass {
         qkv_(team, shape_, cache.type) {}
 
   void run(int64_t index, const std::byte* after_stack) {
-    const Layer layer = stack_.layer(index);
+    const Layer& layer = stack_.layers[index];
     const bool is_last = index + 1 == stack_.n_layers;
-    const std::byte* after = is_last ? after_stack : qkv_.first(stack_.layer(index + 1));
+    const std::byte* after = is_last ? after_stack : qkv_.first(stack_.layers[index + 1]);
 
     project_qkv(layer, index);
     team_.barrier(Phase::qkv);
@@ -202,7 +202,7 @@ void forward(const Team& team, const Stack& stack, const KvCache& cache, const R
 }
 
 const std::byte* first_weights(const Team& team, const Stack& stack, CacheType type) {
-  return QkvShare(team, attention_shape(stack), type).first(stack.layer(0));
+  return QkvShare(team, attention_shape(stack), type).first(stack.layers[0]);
 }
 
 }  // namespace recycle

@@ -125,7 +125,7 @@ inline void accumulate_quantised(const std::byte* panel, int64_t k, const Activa
     for (int64_t b = begin; b < end; ++b) {
       const int64_t quants = quants_at(format, b);
       const int64_t scales = scales_at(format, b);
-      if (b % blocks_a_line(format) == 0) fetch(ahead + scales, panel + scales);
+      if (b % blocks_per_line(format) == 0) fetch(ahead + scales, panel + scales);
       const BlockSums<format, R> block(panel + quants, ahead + quants, x.quants + b * (kBlock / 2),
                                        x.minus_sums + b, k);
       const Lanes scale = load_f16(panel + scales);
