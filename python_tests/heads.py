@@ -21,9 +21,7 @@ EPS = 1e-5
 class Layout:
     """A head format: its tensor names, and its formula as the authors write it."""
 
-    def __init__(
-        self, layer, proj, norms, config, hidden_first=False, zero_first=False, norm_offset=0.0
-    ):
+    def __init__(self, layer, proj, norms, config, hidden_first=False, zero_first=False, norm_offset=0.0):
         self.layer = layer  # prefix of the layer's tensors
         self.proj = proj
         self.norms = norms  # of the embedding, of the state, of the output
@@ -39,9 +37,7 @@ class Layout:
         """Causal attention with RoPE, one head at a time, [T, d] -> [T, d]."""
         size, group = sizes.head_dim, sizes.n_heads // sizes.n_kv_heads
         part = f"{self.layer}self_attn."
-        q, k, v = (
-            F.linear(x, t[f"{part}{n}_proj.weight"], t.get(f"{part}{n}_proj.bias")) for n in "qkv"
-        )
+        q, k, v = (F.linear(x, t[f"{part}{n}_proj.weight"], t.get(f"{part}{n}_proj.bias")) for n in "qkv")
         inv_freq = (1.0 / 10000.0 ** (torch.arange(0, size, 2).float() / size)).double()
         angles = torch.arange(len(x)).double()[:, None] * inv_freq
         causal = torch.ones(len(x), len(x)).tril().log()
@@ -51,9 +47,7 @@ class Layout:
             if f"{part}{norm}.weight" in t:
                 one = self.norm(one, t[f"{part}{norm}.weight"])
             a, b = one[:, : size // 2], one[:, size // 2 :]
-            return torch.cat(
-                (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), dim=1
-            )
+            return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), dim=1)
 
         out = []
         for i in range(sizes.n_heads):
@@ -70,9 +64,7 @@ class Layout:
             embedding = self.norm(embedding, t[self.norms[0]])
             hidden = self.norm(hidden, t[self.norms[1]])
         pair = (hidden, embedding) if self.hidden_first else (embedding, hidden)
-        x = F.linear(
-            torch.cat(pair, dim=1), t[self.proj], t.get(self.proj.replace(".weight", ".bias"))
-        )
+        x = F.linear(torch.cat(pair, dim=1), t[self.proj], t.get(self.proj.replace(".weight", ".bias")))
         name = f"{self.layer}input_layernorm.weight"
         x = x + self.attention(t, self.norm(x, t[name]) if name in t else x, sizes)
         y = self.norm(x, t[f"{self.layer}post_attention_layernorm.weight"])
@@ -100,9 +92,7 @@ DEEPSEEK = Layout(
 )
 QWEN_NORMS = [f"mtp.{n}.weight" for n in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")]
 QWEN = Layout("mtp.layers.0.", "mtp.fc.weight", QWEN_NORMS, {"model_type": "qwen3"})
-QWEN_NEXT = Layout(
-    "mtp.layers.0.", "mtp.fc.weight", QWEN_NORMS, {"model_type": "qwen3_next"}, norm_offset=1.0
-)
+QWEN_NEXT = Layout("mtp.layers.0.", "mtp.fc.weight", QWEN_NORMS, {"model_type": "qwen3_next"}, norm_offset=1.0)
 
 
 def write_head(folder, layout, base, **config):

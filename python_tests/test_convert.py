@@ -6,19 +6,7 @@ import shutil
 
 import pytest
 import torch
-from heads import (
-    DEEPSEEK,
-    EAGLE,
-    MIMO,
-    QWEN,
-    QWEN_NEXT,
-    assert_equal,
-    doubled,
-    inputs,
-    module_rows,
-    run,
-    write_head,
-)
+from heads import DEEPSEEK, EAGLE, MIMO, QWEN, QWEN_NEXT, assert_equal, doubled, inputs, module_rows, run, write_head
 from model_files import WEIGHTS, edit_tensor
 from models import reference_module, write_base
 from safetensors.torch import load_file, save_file

@@ -19,9 +19,7 @@ from recycle_ext.checkpoint.module import open_module
 @pytest.mark.parametrize("input_bias", [False, True])
 def test_eagle_head_computes_the_module(tmp_path, input_bias, n_layers):
     base = write_base(tmp_path / "base", tied=False)
-    module = write_module(
-        tmp_path / "module", base, norms=False, input_bias=input_bias, n_layers=n_layers
-    )
+    module = write_module(tmp_path / "module", base, norms=False, input_bias=input_bias, n_layers=n_layers)
     assert run(module.path, "--base", base.path, "--output", tmp_path / "h", "--to", "eagle") == 0
     theirs = load_file(tmp_path / "h" / WEIGHTS)
     bias = theirs["fc.bias"]
@@ -67,9 +65,7 @@ def test_eagle_config_json_reads_as_llama(tmp_path):
 def test_eagle_head_of_module_with_draft_vocabulary_or_bias_has_a_note(tmp_path, capsys):
     base = write_base(tmp_path / "base")
     write_module(tmp_path / "m", base, norms=False, input_bias=True, draft_vocab_size=20)
-    assert (
-        run(tmp_path / "m", "--base", base.path, "--output", tmp_path / "h", "--to", "eagle") == 0
-    )
+    assert run(tmp_path / "m", "--base", base.path, "--output", tmp_path / "h", "--to", "eagle") == 0
     said = capsys.readouterr().out
     assert "drafts from 20 tokens" in said and "vLLM 0.32 does not" in said
     assert "draft_vocab" not in load_file(tmp_path / "h" / WEIGHTS)
@@ -105,8 +101,6 @@ def test_module_that_eagle_cannot_hold_is_refused(tmp_path, flag, reason, capsys
 def test_module_with_attention_beyond_llamas_is_refused(tmp_path, architecture, capsys):
     base = write_base(tmp_path / "base", architecture)
     write_module(tmp_path / "m", base, norms=False)
-    assert (
-        run(tmp_path / "m", "--base", base.path, "--output", tmp_path / "h", "--to", "eagle") == 2
-    )
+    assert run(tmp_path / "m", "--base", base.path, "--output", tmp_path / "h", "--to", "eagle") == 2
     flag = {"qwen2": "qkv_bias", "qwen3": "qk_norm"}[architecture]
     assert f"({flag})" in capsys.readouterr().err

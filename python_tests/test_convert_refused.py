@@ -48,11 +48,7 @@ REFUSED = [
     (DEEPSEEK, put(EXPERTS), "a mixture of experts"),
     (DEEPSEEK, put(MLA), "multi-head latent attention"),
     (DEEPSEEK, put("model.layers.3.eh_proj.weight"), "2 prediction layers"),
-    (
-        DEEPSEEK,
-        put(f"{DEEPSEEK_LAYER}embed_tokens.weight", shape=(101, 64)),
-        "embed_tokens.weight is the head's own",
-    ),
+    (DEEPSEEK, put(f"{DEEPSEEK_LAYER}embed_tokens.weight", shape=(101, 64)), "embed_tokens.weight is the head's own"),
     (DEEPSEEK, edit_json(partial_rotary_factor=0.5), '"partial_rotary_factor" is 0.5'),
     (QWEN, edit_tensor(Q_PROJ, lambda t: torch.cat((t, t))), "the head's attention gates"),
     (QWEN, put("mtp.layers.1.mlp.up_proj.weight"), "several prediction layers"),
@@ -74,10 +70,7 @@ def test_head_that_no_module_computes_is_refused(tmp_path, layout, change, reaso
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (
-            edit_tensor("model.norm.weight", lambda t: t * (torch.arange(64) != 17)),
-            "in dimension 17",
-        ),
+        (edit_tensor("model.norm.weight", lambda t: t * (torch.arange(64) != 17)), "in dimension 17"),
         (edit_json(rms_norm_eps=1e-6), "rms_norm_eps is 1e-05, the base's 1e-06"),
     ],
 )

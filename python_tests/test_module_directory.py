@@ -29,10 +29,7 @@ def test_module_saved_and_opened_is_bit_equal(tmp_path, architecture, options):
     base = write_base(tmp_path / "base", architecture)
     config = write_module(tmp_path / "module", base, **options).config
     config = dataclasses.replace(
-        config,
-        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
-        zero_first_embedding=True,
-        module_dtype="q4",
+        config, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192), zero_first_embedding=True, module_dtype="q4"
     )
     tensors = random_tensors(module_shapes(config), seed=5)
     if config.draft_vocab_size:
@@ -57,9 +54,7 @@ def test_module_saved_and_opened_is_bit_equal(tmp_path, architecture, options):
         ("q8", "bf16", None, {"q8_0", "bf16"}),
     ],
 )
-def test_module_dtype_not_given_is_the_trained_dtype(
-    tmp_path, dtype, trained_dtype, module_dtype, formats
-):
+def test_module_dtype_not_given_is_the_trained_dtype(tmp_path, dtype, trained_dtype, module_dtype, formats):
     base = write_base(tmp_path / "base")
     write_module(tmp_path / "module", base, draft_vocab_size=20)
     edit_json(module_dtype=trained_dtype)(tmp_path / "module")
@@ -85,11 +80,7 @@ def test_module_of_another_base_is_refused(tmp_path):
         (edit_json(head_dim=None), "config.json", "key 'head_dim' is missing"),
         (edit_json(head_dim="16"), "config.json", "head_dim is '16'; it must be int"),
         (edit_json(embed_norm=1), "config.json", "embed_norm is 1; it must be bool"),
-        (
-            edit_json(module_dtype="q5"),
-            "config.json",
-            "module_dtype is 'q5'; it must be one of f32, bf16",
-        ),
+        (edit_json(module_dtype="q5"), "config.json", "module_dtype is 'q5'; it must be one of f32, bf16"),
         (edit_json(rope_scaling={"factor": 8.0}), "config.json", "rope_scaling: "),
         (edit_json(rope_scaling=BAD_SCALING), "config.json", "rope_scaling: factor is '8'"),
         (edit_json(vocab_size=100), "config.json", "vocab_size is 100; the base model's is 101"),

@@ -40,12 +40,7 @@ TEXT = ["README", "CONTRIBUTING", "CHANGELOG"]  # W_in is fitted on these pages
 def vllm(model, drafter, prompts):
     """vLLM's continuations (token ids), and its counts of draft tokens and of accepted ones."""
     done = subprocess.run(
-        [
-            os.environ.get("RECYCLE_VLLM_PYTHON", sys.executable),
-            HERE / "vllm_run.py",
-            model,
-            drafter,
-        ],
+        [os.environ.get("RECYCLE_VLLM_PYTHON", sys.executable), HERE / "vllm_run.py", model, drafter],
         input=json.dumps({"prompts": prompts, "new_tokens": NEW_TOKENS}),
         capture_output=True,
         text=True,
@@ -133,10 +128,7 @@ def here(base, module, prompts):
 
 def test_vllm_with_exported_module_equals_vllm_alone(base, tokenizer, module, tmp_path, capsys):
     head = tmp_path / "head"
-    assert (
-        convert.main([str(module), "--base", base.path, "--output", str(head), "--to", "eagle"])
-        == 0
-    )
+    assert convert.main([str(module), "--base", base.path, "--output", str(head), "--to", "eagle"]) == 0
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     alone = vllm(base.path, "none", prompts)
     together = vllm(base.path, head, prompts)

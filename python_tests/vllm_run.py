@@ -35,9 +35,7 @@ def main() -> None:
         disable_log_stats=False,
         speculative_config=None if drafter == "none" else speculative,
     )
-    sampling = SamplingParams(
-        temperature=0.0, max_tokens=request["new_tokens"], ignore_eos=True, detokenize=False
-    )
+    sampling = SamplingParams(temperature=0.0, max_tokens=request["new_tokens"], ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
     counters = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
