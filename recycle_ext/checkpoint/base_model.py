@@ -93,9 +93,7 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
     check_tensors(tensors, base_shapes(config), str(path))
     for name, source in tensors.items():
         if source.format == "i64":
-            raise RecycleError(
-                f"{source.file}: tensor {name} is stored as I64; F32, F16 and BF16 are supported"
-            )
+            raise RecycleError(f"{source.file}: tensor {name} is stored as I64; F32, F16 and BF16 are supported")
     return Checkpoint(config=config, path=str(path), tensors=tensors)
 
 
@@ -119,9 +117,7 @@ def _check_sizes(config: ModelConfig, path: Path) -> None:
             if value < 1:
                 raise RecycleError(f"{path}: {name} is {value}; it must be at least 1")
     if config.n_heads % config.n_kv_heads:
-        raise RecycleError(
-            f"{path}: {config.n_heads} heads cannot share {config.n_kv_heads} key and value heads"
-        )
+        raise RecycleError(f"{path}: {config.n_heads} heads cannot share {config.n_kv_heads} key and value heads")
     if config.head_dim % 2:
         raise RecycleError(f"{path}: head_dim is {config.head_dim}; RoPE needs it to be even")
     if not 0 < config.rope_theta < math.inf:

@@ -95,12 +95,7 @@ class ModelConfig(StackConfig):
 
 
 # The values of --dtype: the format (weights.layout.FORMATS) of the layers' matrices, and of the embedding and the head.
-DTYPES = {
-    "f32": ("f32", "f32"),
-    "bf16": ("bf16", "bf16"),
-    "q8": ("q8_0", "q8_0"),
-    "q4": ("q4_0", "q8_0"),
-}
+DTYPES = {"f32": ("f32", "f32"), "bf16": ("bf16", "bf16"), "q8": ("q8_0", "q8_0"), "q4": ("q4_0", "q8_0")}
 # The same for a module; its head may be some rows of the base's.
 MODULE_DTYPES = DTYPES | {"q4": ("q4_1", "q8_0")}
 
@@ -119,7 +114,7 @@ _FORMER_NAMES = {"runs_in": "module_dtype"}
 class ModuleConfig(StackConfig):
     """A recyclable module: a short stack of layers of the base's hidden size, and how its input is computed.
 
-    u_i = W_in [a(e(x_{i+1})) ; b(h_i)], g = layers(u), q_i = softmax(head(n(g_i))) (docs/design.md, section 2).
+    u_i = W_in [a(e(x_{i+1})) ; b(h_i)], g = layers(u), q_i = softmax(head(n(g_i))) (docs/design.md, The models).
     Each of a, b, n and the first layer's input norm is an RMSNorm or the identity, as the flags say.
     """
 
@@ -187,9 +182,8 @@ class ModuleConfig(StackConfig):
                 f"{file}: module_dtype is {values['module_dtype']!r}; it must be one of {', '.join(MODULE_DTYPES)}"
             )
         for name, kind in types.items():
-            allowed = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(kind)
-            is_bool = isinstance(values[name], bool)
-            if allowed and (not isinstance(values[name], allowed) or (is_bool and kind != "bool")):
+            allowed = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}.get(kind)
+            if allowed and type(values[name]) not in allowed:
                 raise RecycleError(f"{file}: {name} is {values[name]!r}; it must be {kind}")
         if (scaling := values["rope_scaling"]) is not None:
             if not isinstance(scaling, dict):

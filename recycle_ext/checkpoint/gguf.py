@@ -60,9 +60,7 @@ def read_config(header: GgufHeader) -> ModelConfig:
     head_dim = get(f"{arch}.attention.key_length", int, hidden_size // n_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if (size := get(f"{arch}.{key}", int, head_dim)) != head_dim:
-            raise RecycleError(
-                f"{file}: {arch}.{key} is {size}; only {head_dim}, the head size, is"
-            )
+            raise RecycleError(f"{file}: {arch}.{key} is {size}; only {head_dim}, the head size, is")
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise RecycleError(f"{file}: tensor token_embd.weight is missing")
@@ -80,9 +78,7 @@ def read_config(header: GgufHeader) -> ModelConfig:
         rope_theta=get(f"{arch}.rope.freq_base", float, 10000.0),
         rope_scaling=None,
         rope_freq_factors=_rope_freq_factors(header, head_dim),
-        max_position_embeddings=min(
-            context, get(f"{arch}.attention.sliding_window", int, 0) or context
-        ),
+        max_position_embeddings=min(context, get(f"{arch}.attention.sliding_window", int, 0) or context),
         tie_word_embeddings="output.weight" not in header.tensors,
         qkv_bias=architecture.qkv_bias,
         qk_norm=architecture.qk_norm,
@@ -105,9 +101,7 @@ def read_tensors(header: GgufHeader, config: ModelConfig) -> dict[str, TensorSou
             if part in _LAYER_NAMES:
                 new_name = f"model.layers.{layer}.{_LAYER_NAMES[part]}.{kind}"
         if new_name is None:
-            raise RecycleError(
-                f"{header.file}: tensor {name} has no place in a {config.architecture} model"
-            )
+            raise RecycleError(f"{header.file}: tensor {name} has no place in a {config.architecture} model")
         is_qk = re.search(r"attn_[qk]\.weight$", name)
         interleaved = is_qk and BY_NAME[config.architecture].gguf_interleaves_qk
         head_dim = config.head_dim if interleaved else 0
@@ -123,8 +117,7 @@ def _rope_freq_factors(header: GgufHeader, head_dim: int) -> tuple[float, ...] |
     source = _tensor(header.file, name, name, stored)
     if source.shape != (head_dim // 2,) or source.format != "f32":
         raise RecycleError(
-            f"{header.file}: tensor {name} is {source.format} {list(source.shape)}; "
-            f"it must be f32 {[head_dim // 2]}"
+            f"{header.file}: tensor {name} is {source.format} {list(source.shape)}; it must be f32 {[head_dim // 2]}"
         )
     return tuple(source.to().tolist())
 
@@ -183,7 +176,5 @@ def _block(file: Path, stored_name: str, ggml_type: int) -> tuple[int, int]:
     if ggml_type not in known:
         types = {int(kind): kind.name for kind in GGMLQuantizationType}
         type_name = types.get(ggml_type, f"number {ggml_type}")
-        raise RecycleError(
-            f"{file}: tensor {stored_name} has type {type_name}, which is not supported"
-        )
+        raise RecycleError(f"{file}: tensor {stored_name} has type {type_name}, which is not supported")
     return known[ggml_type]

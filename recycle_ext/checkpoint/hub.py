@@ -34,9 +34,7 @@ def download(model_id: str, into: Path | None = None) -> Path:
     except errors.RepositoryNotFoundError:
         reason = "there is no such file or directory here and no such public model on the hub"
     except errors.LocalEntryNotFoundError as error:
-        reason = (
-            f"it is not in the hub's cache and the hub cannot be reached ({_first_line(error)})"
-        )
+        reason = f"it is not in the hub's cache and the hub cannot be reached ({_first_line(error)})"
     except (OSError, ValueError) as error:
         reason = _first_line(error)
     raise RecycleError(f"model {model_id}: {reason}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from recycle_ext.checkpoint import safetensors as safetensors_file
 from recycle_ext.checkpoint.architectures import BY_HF_CLASS, Architecture
-from recycle_ext.checkpoint.config import ModelConfig, ModuleConfig, RopeScaling
+from recycle_ext.checkpoint.config import ModelConfig, RopeScaling, StackConfig
 from recycle_ext.checkpoint.json_file import Fields, read_json
 from recycle_ext.checkpoint.tensor_source import TensorSource
 from recycle_ext.errors import RecycleError
@@ -84,21 +84,17 @@ def weight_files(path: Path) -> dict[Path, list[str]]:
     raise RecycleError(f"{path}: there is no model.safetensors and no index of its parts")
 
 
-def llama_json(config: ModelConfig | ModuleConfig) -> dict[str, Any]:
+def llama_json(config: StackConfig) -> dict[str, Any]:
     """The config.json of a Llama of these sizes, without architecture, context length and token ids."""
+    names = ["vocab_size", "hidden_size", "intermediate_size", "head_dim", "rms_norm_eps", "rope_theta"]
     scaling = config.rope_scaling
     return {
         "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
+        **{name: getattr(config, name) for name in names},
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
         "rope_scaling": None if scaling is None else {"rope_type": "llama3", **vars(scaling)},
         "torch_dtype": "bfloat16",
     }
@@ -111,9 +107,7 @@ def read_tensors(path: Path, config: ModelConfig) -> dict[str, TensorSource]:
         tensors |= safetensors_file.read_tensors(file)
         if missing := [name for name in promised if name not in tensors]:
             index_file = path / "model.safetensors.index.json"
-            raise RecycleError(
-                f"{file}: tensor {missing[0]} is missing, which {index_file} promises"
-            )
+            raise RecycleError(f"{file}: tensor {missing[0]} is missing, which {index_file} promises")
     # Prediction layers are not the base model's (recycle_ext.convert reads them): MiMo's and Qwen's have names of
     # their own, DeepSeek's is one layer more than the config says.
     prediction_layers = ["model.mtp_layers.", "mtp."]
@@ -169,11 +163,11 @@ def _context(fields: Fields, architecture: Architecture) -> int:
     """Longest context in which every layer sees every position."""
     context = fields.get("max_position_embeddings", int)
     window = fields.values.get("sliding_window", architecture.sliding_window)
-    if architecture.sliding_window is not None:  # Mistral: null means no window
-        has_window = window is not None
-    else:
-        has_window = fields.get("use_sliding_window", bool, False)
-    return min(context, fields.get("sliding_window", int, window)) if has_window else context
+    # Mistral has a window unless "sliding_window" is null; the others have one if "use_sliding_window" is true.
+    has_window = architecture.sliding_window or fields.get("use_sliding_window", bool, False)
+    if not has_window or (architecture.sliding_window and window is None):
+        return context
+    return min(context, fields.get("sliding_window", int, window))
 
 
 def _eos_token_ids(fields: Fields) -> tuple[int, ...]:

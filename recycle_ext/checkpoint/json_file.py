@@ -44,6 +44,4 @@ class Fields:
 
     def refuse(self, key: str, value: Any, supported: str) -> None:
         """Raises the RecycleError that names a key, its value and the supported values."""
-        raise RecycleError(
-            f'{self.file}: "{key}" is {value!r}, which is not supported; {supported} is'
-        )
+        raise RecycleError(f'{self.file}: "{key}" is {value!r}, which is not supported; {supported} is')

@@ -33,9 +33,7 @@ class ModuleCheckpoint:
 
     def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         """The weights in memory, for ``reference.RecyclableModule.load_state_dict``."""
-        return {
-            name: source.to(dtype) for name, source in self.tensors.items() if name != "draft_vocab"
-        }
+        return {name: source.to(dtype) for name, source in self.tensors.items() if name != "draft_vocab"}
 
     def draft_vocab(self) -> torch.Tensor | None:
         """Token ids that the module can draft, ascending, int64 [draft_vocab_size]; None: all."""
@@ -68,22 +66,17 @@ def open_module(path: str | Path, base: Checkpoint) -> ModuleCheckpoint:
     for name, source in tensors.items():
         if (source.format == "i64") != (name == "draft_vocab"):
             needed = "i64" if name == "draft_vocab" else "f32, f16 or bf16"
-            raise RecycleError(
-                f"{source.file}: tensor {name} is {source.format}; it must be {needed}"
-            )
+            raise RecycleError(f"{source.file}: tensor {name} is {source.format}; it must be {needed}")
     module = ModuleCheckpoint(config=config, path=str(path), tensors=tensors)
     if (ids := module.draft_vocab()) is not None:
         if ids[0] < 0 or ids[-1] >= config.vocab_size or not bool((ids.diff() > 0).all()):
             raise RecycleError(
-                f"{path / _WEIGHTS}: draft_vocab must hold ascending token ids "
-                f"below {config.vocab_size}"
+                f"{path / _WEIGHTS}: draft_vocab must hold ascending token ids below {config.vocab_size}"
             )
     return module
 
 
-def save_module(
-    path: str | Path, config: ModuleConfig, state_dict: dict[str, torch.Tensor]
-) -> None:
+def save_module(path: str | Path, config: ModuleConfig, state_dict: dict[str, torch.Tensor]) -> None:
     """Writes a module; its weights are rounded to bf16.
 
     state_dict: names and shapes of ``module_shapes(config)``; ``draft_vocab`` stays int64. Raises RecycleError for
@@ -105,11 +98,7 @@ def save_module(
 
 
 def write_directory(
-    path: str | Path,
-    config: dict[str, Any],
-    weights_name: str,
-    tensors: dict[str, torch.Tensor],
-    what: str,
+    path: str | Path, config: dict[str, Any], weights_name: str, tensors: dict[str, torch.Tensor], what: str
 ) -> None:
     """Writes config.json and one safetensors file; a reader sees each file whole, or not at all.
 

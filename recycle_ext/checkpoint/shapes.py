@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from recycle_ext.checkpoint.config import ModelConfig, ModuleConfig
+from recycle_ext.checkpoint.config import ModelConfig, ModuleConfig, StackConfig
 from recycle_ext.checkpoint.tensor_source import TensorSource
 from recycle_ext.errors import RecycleError
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def layer_shapes(
-    config: ModelConfig | ModuleConfig, prefix: str, input_norm: bool = True
-) -> Shapes:
+def layer_shapes(config: StackConfig, prefix: str, input_norm: bool = True) -> Shapes:
     """Tensors of one layer; ``prefix`` is "model.layers.0." or "layers.0."."""
     d, inner = config.hidden_size, config.intermediate_size
     q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -72,15 +70,11 @@ def check_tensors(tensors: Mapping[str, TensorSource], shapes: Shapes, file: str
     """Refuses a missing tensor, an unexpected tensor and a wrong shape."""
     for name, shape in shapes.items():
         if name not in tensors:
-            raise RecycleError(
-                f"{file}: tensor {name} is missing; its shape would be {list(shape)}"
-            )
+            raise RecycleError(f"{file}: tensor {name} is missing; its shape would be {list(shape)}")
         if (given := tensors[name].shape) != shape:
             raise RecycleError(
                 f"{tensors[name].file}: tensor {name} has shape {list(given)}; "
                 f"the sizes of the model ask for {list(shape)}"
             )
     if unknown := sorted(tensors.keys() - shapes.keys()):
-        raise RecycleError(
-            f"{tensors[unknown[0]].file}: tensor {unknown[0]} has no place in this architecture"
-        )
+        raise RecycleError(f"{tensors[unknown[0]].file}: tensor {unknown[0]} has no place in this architecture")

@@ -39,19 +39,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "source",
-        metavar="SOURCE",
-        help="directory or hub id with the head; for --to eagle a module",
-    )
+    add("source", metavar="SOURCE", help="directory or hub id with the head; for --to eagle a module")
     add("--base", required=True, help=".gguf file, Hugging Face directory or hub id of its base")
     add("--output", required=True, metavar="DIR", help="a new directory, or an empty one")
-    add(
-        "--to",
-        choices=["module", "eagle"],
-        default="module",
-        help="what to write (default: module)",
-    )
+    add("--to", choices=["module", "eagle"], default="module", help="what to write (default: module)")
     add(
         "--hidden-state",
         choices=["after-norm", "before-norm"],

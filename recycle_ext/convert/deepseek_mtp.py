@@ -26,10 +26,7 @@ _NAMES = {
     "hnorm.weight": "hidden_norm.weight",
     "shared_head.norm.weight": "output_norm.weight",
 }
-_COPIES = {
-    "embed_tokens.weight": "model.embed_tokens.weight",
-    "shared_head.head.weight": "lm_head.weight",
-}
+_COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 
 
 def found_in(source: Source) -> bool:

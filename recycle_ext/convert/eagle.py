@@ -60,14 +60,11 @@ def to_module(source: Source, base: Checkpoint, before_norm: bool) -> Head:
     ours = {
         name.replace("fc.", "input_proj.", 1) if name.startswith("fc.") else name: theirs
         for name, theirs in names.items()
-        if name not in ("embed_tokens.weight", "lm_head.weight")
-        and not name.endswith("rotary_emb.inv_freq")
+        if name not in ("embed_tokens.weight", "lm_head.weight") and not name.endswith("rotary_emb.inv_freq")
     }
     n_layers = source.fields.get("num_hidden_layers", int)
     if not 1 <= n_layers <= len(ours):
-        raise RecycleError(
-            f"{source.fields.file}: num_hidden_layers is {n_layers}, for {len(ours)} tensors"
-        )
+        raise RecycleError(f"{source.fields.file}: num_hidden_layers is {n_layers}, for {len(ours)} tensors")
     config = ModuleConfig(
         **source.sizes(base),
         **layer_flags(ours),
@@ -106,10 +103,7 @@ def from_module(
             f"{module.path}: this module's row 0 sees a zero embedding (zero_first_embedding), "
             f"EAGLE-1's does not; {_HOW}"
         )
-    for flag, what in (
-        ("qk_norm", "norms its queries and keys"),
-        ("qkv_bias", "has a bias on q, k and v"),
-    ):
+    for flag, what in (("qk_norm", "norms its queries and keys"), ("qkv_bias", "has a bias on q, k and v")):
         if getattr(config, flag):
             raise RecycleError(
                 f"{module.path}: this module's attention {what} ({flag}), which the EAGLE-1 head for Llama "

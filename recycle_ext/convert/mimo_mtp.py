@@ -40,6 +40,4 @@ def to_module(source: Source, base: Checkpoint, before_norm: bool) -> Head:
             f"(tensor {more[0]}); a module is one layer that drafts again and again"
         )
     ours = module_names(source, base, f"{_PREFIX}0.", _NAMES, copies={})
-    return mtp_head(
-        source, base, "MiMo MTP", ours, before_norm, hidden_first=True, zero_first_embedding=True
-    )
+    return mtp_head(source, base, "MiMo MTP", ours, before_norm, hidden_first=True, zero_first_embedding=True)

@@ -26,10 +26,7 @@ _NAMES = {
     "pre_fc_norm_hidden.weight": "hidden_norm.weight",
     "norm.weight": "output_norm.weight",
 }
-_COPIES = {
-    "embed_tokens.weight": "model.embed_tokens.weight",
-    "lm_head.weight": "lm_head.weight",
-}
+_COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
 
 
 def found_in(source: Source) -> bool:

@@ -26,9 +26,7 @@ class Source:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
-            raise RecycleError(
-                f"{path}: no such directory; a head has config.json and model.safetensors"
-            )
+            raise RecycleError(f"{path}: no such directory; a head has config.json and model.safetensors")
         self.fields = Fields(path / "config.json")
 
     @functools.cached_property
@@ -58,9 +56,7 @@ class Source:
             tensors |= safetensors_file.read_tensors(file, wanted.keys())
         return tensors
 
-    def read(
-        self, names: dict[str, str], shapes: dict[str, tuple[int, ...]]
-    ) -> dict[str, torch.Tensor]:
+    def read(self, names: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
         """The module's tensors as float32.
 
         names: name in this directory by the module's name. shapes: the module's, by its names. Raises RecycleError for
@@ -70,10 +66,7 @@ class Source:
         for name, shape in shapes.items():
             if name not in names or names[name] not in tensors:
                 theirs = names.get(name, "")
-                raise RecycleError(
-                    f"{self.path}: tensor {theirs or name} is missing; "
-                    f"its shape would be {list(shape)}"
-                )
+                raise RecycleError(f"{self.path}: tensor {theirs or name} is missing; its shape would be {list(shape)}")
             source = tensors[names[name]]
             if source.shape != shape:
                 raise RecycleError(
@@ -94,15 +87,11 @@ class Source:
             self.fields.refuse("hidden_act", activation, '"silu"')
         for key in ("hidden_size", "vocab_size"):
             if (given := get(key, int)) != (needed := getattr(base.config, key)):
-                raise RecycleError(
-                    f"{self.fields.file}: {key} is {given}; {base.config.name} has {needed}"
-                )
+                raise RecycleError(f"{self.fields.file}: {key} is {given}; {base.config.name} has {needed}")
         d, n_heads = base.config.hidden_size, get("num_attention_heads", int)
         n_kv_heads = get("num_key_value_heads", int, n_heads)
         if min(n_heads, n_kv_heads) < 1 or n_heads % n_kv_heads:
-            raise RecycleError(
-                f"{self.fields.file}: {n_heads} heads cannot share {n_kv_heads} key and value heads"
-            )
+            raise RecycleError(f"{self.fields.file}: {n_heads} heads cannot share {n_kv_heads} key and value heads")
         theta, scaling = read_rope(self.fields)
         return {
             "vocab_size": base.config.vocab_size,

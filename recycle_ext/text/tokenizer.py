@@ -51,9 +51,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise RecycleError(
-                f"the text is not valid UTF-8: character {error.start} cannot be encoded"
-            ) from None
+            raise RecycleError(f"the text is not valid UTF-8: character {error.start} cannot be encoded") from None
         ids = self.backend.encode(text, add_special_tokens=False).ids
         if (self.adds_bos if add_bos is None else add_bos) and self.bos_token_id is not None:
             ids.insert(0, self.bos_token_id)
@@ -157,9 +155,7 @@ def from_gguf(metadata: GgufMetadata, vocab_size: int, eos_token_ids: tuple[int,
         backend = _sentencepiece(tokens, kinds, scores, unknown, add_space)
         adds_bos = True
     else:
-        raise RecycleError(
-            f"{metadata.file}: tokenizer {model!r} is not supported; gpt2 and llama are"
-        )
+        raise RecycleError(f"{metadata.file}: tokenizer {model!r} is not supported; gpt2 and llama are")
     backend.add_tokens(
         [
             AddedToken(text, normalized=False, special=kind == _CONTROL)
@@ -210,11 +206,7 @@ def _byte_level(file: Path, pre: str, tokens: list[str], merges: list[tuple[str,
 
 
 def _sentencepiece(
-    tokens: list[str],
-    kinds: Sequence[int],
-    scores: Sequence[float],
-    unknown: int | None,
-    add_space: bool,
+    tokens: list[str], kinds: Sequence[int], scores: Sequence[float], unknown: int | None, add_space: bool
 ) -> Backend:
     """SentencePiece's BPE, with byte tokens for characters outside the vocabulary (Llama 1 and 2, Mistral)."""
     vocab = {text: index for index, text in enumerate(tokens)}
