@@ -51,7 +51,7 @@ class _FormerNames(MetaPathFinder, Loader):
         message = (
             f"{module.__name__} is now {' and '.join(names)}; the old name will go (CHANGELOG.md)"
         )
-        warnings.warn(message, DeprecationWarning, stacklevel=6)
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
 
         def find(attribute: str) -> Any:
             for name in names:
