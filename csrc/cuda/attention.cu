@@ -7,11 +7,11 @@
 // sequence, for up to 8 queries, with an online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). The last
 // block of a head to end combines the splits (Flash-Decoding, Dao et al. 2023). Chunks and splits depend on positions
 // alone, and queries never mix, so the bits of a query don't depend on the number of rows or sequences.
-// The block whose split has a new row's position rotates the key, and stores it in the cache and in its own tile. Every
-// block rotates its queries: that costs less than a kernel for it.
+// The block whose split has a new row's position rotates the key, and stores it in the cache and in its own tile.
+// Every block rotates its queries: that costs less than a kernel for it.
 //
-// Bounded by the bytes of the cache where the context is long, before that by latency. Each tile of keys and values is
-// read once for all queries. Nothing was tried and rejected yet: no GPU has run alternatives.
+// Bounded by the bytes of the cache where the context is long, before that by latency. Each tile of keys and values
+// is read once for all queries. No alternative was tried on a GPU yet.
 #include "kernels.h"
 #include "ops.h"
 
@@ -27,19 +27,11 @@ constexpr int kWarps = kThreads / kWarp;
 template <class T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 
-RECYCLE_DEVICE void widen(uint4 raw, float (&values)[4]) {
-  values[0] = std::bit_cast<float>(raw.x);
-  values[1] = std::bit_cast<float>(raw.y);
-  values[2] = std::bit_cast<float>(raw.z);
-  values[3] = std::bit_cast<float>(raw.w);
+RECYCLE_DEVICE float to_float(float value) {
+  return value;
 }
-RECYCLE_DEVICE void widen(uint4 raw, float (&values)[8]) {
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    values[2 * i] = std::bit_cast<float>(words[i] << 16);
-    values[2 * i + 1] = std::bit_cast<float>(words[i] & 0xFFFF0000u);
-  }
+RECYCLE_DEVICE float to_float(uint16_t value) {
+  return bf16_to_float(value);
 }
 
 // Two neighbours as floats.
@@ -206,8 +198,8 @@ class AttentionBlock {
     }
   }
 
-  // The new rows of a chunk, to the tiles and the cache. The tiles are rounded as the cache is, so that a position has
-  // the same bits in this step and in later ones.
+  // The new rows of a chunk, to the tiles and the cache. The tiles are rounded as the cache is, so that a position
+  // has the same bits in this step and in later ones.
   RECYCLE_DEVICE void append(int begin, int count) {
     const bool stores = blockIdx.z == 0;
     for (int row = threadIdx.x / kWarp; row < end_ - base_; row += kWarps) {
@@ -244,15 +236,16 @@ class AttentionBlock {
     if (p < count) {
       const T* key = keys_ + p * tile_stride<T>(head_dim_);
       for (int d = 0; d < head_dim_; d += kVector<T>) {
-        float elements[kVector<T>];
-        widen(*reinterpret_cast<const uint4*>(key + d), elements);
+        const uint4 raw = *reinterpret_cast<const uint4*>(key + d);
+        T elements[kVector<T>];
+        memcpy(elements, &raw, sizeof raw);
 #pragma unroll
         for (int i = 0; i < kQueriesPerThread; ++i) {
           const int query = first + i * kStep;
           if (query >= n_queries_) continue;
 #pragma unroll
           for (int e = 0; e < kVector<T>; ++e)
-            sums[i] = fmaf(elements[e], queries_[query * head_dim_ + d + e], sums[i]);
+            sums[i] = fmaf(to_float(elements[e]), queries_[query * head_dim_ + d + e], sums[i]);
         }
       }
     }
@@ -289,8 +282,8 @@ class AttentionBlock {
     }
   }
 
-  // sums_[i] has elements column() and column() + 1 of the outputs of query first_sum() + i * query_step(). The values
-  // of a head are pairs of elements, one a thread; threads left over start with the next query.
+  // sums_[i] has elements column() and column() + 1 of the outputs of query first_sum() + i * query_step(). The
+  // values of a head are pairs of elements, one a thread; threads left over start with the next query.
   RECYCLE_DEVICE int column() const { return threadIdx.x % (head_dim_ / 2) * 2; }
   RECYCLE_DEVICE int first_sum() const { return threadIdx.x / (head_dim_ / 2); }
   RECYCLE_DEVICE int query_step() const {

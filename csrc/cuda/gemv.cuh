@@ -3,14 +3,14 @@
 //
 //   x [rows, k] float32, W [n, k] packed (format.h)  ->  the epilogue gets W norm(x), 16 outputs of a row at a time
 //
-// Each block loops over tiles of 16 outputs: one panel of each of the kernel's matrices. Up to 8 rows are computed in one
-// pass over the weights. x is staged in shared memory, normed once for all tiles of the block; where k is too large, in
-// parts. While the previous kernel still runs, a block prefetches its first panel and the norm's weights into L2.
+// Each block loops over tiles of 16 outputs: one panel of each of the kernel's matrices. One pass over the weights
+// computes up to 8 rows. x is staged in shared memory, normed once for all tiles of the block; a large k in parts.
+// While the previous kernel still runs, a block prefetches its first panel and the norm's weights into L2.
 //
 // Bounded by memory up to 8 rows: at 3.35 TB/s an H100 has some 18 operations for each bfloat16 it reads; a row costs
 // one, and widening one more.
-// Rejected, by counting instructions and loads, not measured: tensor cores (tiles of 8 or 16 rows, so that 1 row costs
-// what 8 do, and widening is cheap enough); x from L1 (one more load between the weights' arrival and their use).
+// Rejected, by counting instructions, not measured: tensor cores (1 row costs what 8 do, and widening is cheap
+// enough); x from L1 (one more load between the weights' arrival and their use).
 #pragma once
 
 #include "kernels.h"
@@ -154,7 +154,6 @@ class GemvBlock {
       panels[m] = matrix.data + params_.panel(tile) * panel_bytes(matrix.format, k_);
     }
     PanelSums<R, M, kFormat> panel;
-    panel.clear();
     for (int64_t begin = 0; begin < k_; begin += staged_k<R>()) {
       const int64_t end = begin + staged_k<R>() < k_ ? begin + staged_k<R>() : k_;
       if (!all_staged_) stage(begin, end);

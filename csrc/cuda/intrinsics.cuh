@@ -84,8 +84,8 @@ RECYCLE_DEVICE void prefetch_line(const void* at) {
 #endif
 }
 
-// True in the last of `count` blocks that call this with the same counter: the other blocks' earlier writes are
-// visible there. The counter is 0 before the first call and after the last. All threads call; `flag` is shared memory.
+// True in the last of `count` blocks that call this: the other blocks' earlier writes are visible there. All threads
+// call. The counter is 0 before the first call and after the last; `flag` is shared memory.
 RECYCLE_DEVICE bool is_last_block(unsigned* counter, unsigned count, unsigned* flag) {
   __syncthreads();
   if (threadIdx.x == 0) {

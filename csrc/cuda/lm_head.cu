@@ -1,10 +1,10 @@
 // The LM head with the RMSNorm before it and a partial argmax after it, in one kernel.
 //
-//   x [rows, hidden] -> the largest logit of each row and block, and its token; the logits only where sampling needs them
+//   x [rows, hidden] -> the largest logit of each row and block, and its token; logits [rows, n] for sampling only
 //
-// Bounded by reading the matrix. A thread keeps the maximum of one output in 16 over the tiles of its block, so that a
-// greedy step writes no logits; argmax() in sampling.h reduces the blocks. Among equal logits the lowest token wins,
-// whichever block has it. A nonfinite logit makes the partial maximum NaN.
+// Bounded by reading the matrix. A thread keeps the maximum of one output in 16 over the tiles of its block, so that
+// a greedy step writes no logits; argmax() in sampling.h reduces the blocks. Among equal logits the lowest token
+// wins, whichever block has it. A nonfinite logit makes the partial maximum NaN.
 #include "gemv.cuh"
 
 namespace recycle::cuda {
@@ -27,11 +27,7 @@ struct LmHeadParams : GemvParams {
     if (n >= weight.n) return;
     if (logits != nullptr) logits[row * weight.n + n] = values[0];
     state.nonfinite += values[0] * 0.0f;
-    // Tokens ascend, so that the first of equal logits has the lowest.
-    if (values[0] > state.value) {
-      state.value = values[0];
-      state.token = static_cast<int>(n);
-    }
+    state.combine(values[0], static_cast<int>(n));
   }
   RECYCLE_DEVICE void finish(State state, int row, int output, bool is_used) const {
     state.reduce(kPanelRows);  // the 16 threads of a row are neighbours

@@ -1,8 +1,8 @@
 // The ops on a GPU: recycle/{attention,head,decode_step}.h with all arrays in the GPU's memory.
 //
-// A call launches kernels and returns; false: CUDA refused a launch. Nothing waits for the GPU, nothing is allocated, and
-// the launches depend on sizes alone, so that a CUDA graph can hold them. Values in the GPU's memory that are out of
-// range show in the results alone. *_scratch_bytes(): the size of params.scratch or state.scratch.
+// A call launches kernels and returns; false: CUDA refused a launch. Nothing waits for the GPU, nothing is allocated,
+// and the launches depend on sizes alone, so that a CUDA graph can hold them. Values in the GPU's memory that are out
+// of range show in the results alone. *_scratch_bytes(): the size of params.scratch or state.scratch.
 #pragma once
 
 #include "device_info.h"
@@ -27,9 +27,9 @@ int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t num_draf
 // A sequence that fails gets a negative count (select.h), and its state is unchanged.
 bool decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts, const Device& device,
                  void* stream);
-// The end of a prefill: a step of `sequence` alone, whose caches hold its prompt except for the last token. That token
-// is pending[sequence][0], both lengths are its position, and there are no draft tokens yet. Afterwards the sequence
-// has its first new token and draft tokens.
+// The end of a prefill: a step of `sequence` alone, whose caches hold its prompt except for the last token. That
+// token is pending[sequence][0], both lengths are its position, and there are no draft tokens yet. Afterwards the
+// sequence has its first new token and draft tokens.
 bool finish_prefill(const DecodeState& state, int64_t sequence, int64_t* tokens, int64_t* counts,
                     const Device& device, void* stream);
 

@@ -5,7 +5,7 @@
 // warps take lines in turns, and load the lines of the next iteration before they use those of this one.
 //
 // The order of additions depends on k alone: the lines of a thread ascending; then the 8 lines of a warp's load, as a
-// butterfly; then the warps ascending (gemv.cuh). Rows never mix, so the bits of a row don't depend on the number of rows.
+// butterfly; then the warps ascending (gemv.cuh). Rows never mix: the bits of a row don't depend on other rows.
 #pragma once
 
 #include "intrinsics.cuh"
@@ -33,30 +33,20 @@ template <int R, int M, int kFormat>
 class PanelSums {
  public:
   // Outputs 4 * (lane % 4) + o of matrix m and row r.
-  float sums[M][R][kOutputsPerThread];
-
-  RECYCLE_DEVICE void clear() {
-#pragma unroll
-    for (int m = 0; m < M; ++m)
-#pragma unroll
-      for (int r = 0; r < R; ++r)
-#pragma unroll
-        for (int o = 0; o < kOutputsPerThread; ++o) sums[m][r][o] = 0;
-  }
+  float sums[M][R][kOutputsPerThread] = {};
 
   // Adds columns [begin, end) of the panels; x [R, stride] starts at column `begin`.
   RECYCLE_DEVICE void accumulate(const Format (&formats)[M], const std::byte* const (&panels)[M],
                                  int64_t begin, int64_t end, const float* x, int64_t stride) {
     stride_ = stride;
     if constexpr (kFormat == kMixed) {
-      accumulate_matrix<0>(formats[0], panels, begin, end, x);
-      if constexpr (M == 2) accumulate_matrix<1>(formats[1], panels, begin, end, x);
-    } else if constexpr (R <= 4) {
-      accumulate_lines<static_cast<Format>(kFormat), 0, M>(panels, begin, end, x);
+      dispatch<0>(formats[0], panels, begin, end, x);
+      if constexpr (M == 2) dispatch<1>(formats[1], panels, begin, end, x);
     } else {
       // 8 rows of two matrices side by side would spill registers.
-      accumulate_lines<static_cast<Format>(kFormat), 0, 1>(panels, begin, end, x);
-      if constexpr (M == 2)
+      constexpr int N = R <= 4 ? M : 1;
+      accumulate_lines<static_cast<Format>(kFormat), 0, N>(panels, begin, end, x);
+      if constexpr (N < M)
         accumulate_lines<static_cast<Format>(kFormat), 1, 1>(panels, begin, end, x);
     }
   }
@@ -77,22 +67,13 @@ class PanelSums {
   int64_t stride_;
 
   template <int m>
-  RECYCLE_DEVICE void accumulate_matrix(Format format, const std::byte* const (&panels)[M],
-                                        int64_t begin, int64_t end, const float* x) {
-    switch (format) {
-      case Format::f32:
-        return accumulate_lines<Format::f32, m, 1>(panels, begin, end, x);
-      case Format::f16:
-        return accumulate_lines<Format::f16, m, 1>(panels, begin, end, x);
-      case Format::bf16:
-        return accumulate_lines<Format::bf16, m, 1>(panels, begin, end, x);
-      case Format::q8_0:
-        return accumulate_lines<Format::q8_0, m, 1>(panels, begin, end, x);
-      case Format::q4_0:
-        return accumulate_lines<Format::q4_0, m, 1>(panels, begin, end, x);
-      case Format::q4_1:
-        return accumulate_lines<Format::q4_1, m, 1>(panels, begin, end, x);
-    }
+  RECYCLE_DEVICE void dispatch(Format format, const std::byte* const (&panels)[M], int64_t begin,
+                               int64_t end, const float* x) {
+    const auto try_formats = [&]<Format... formats>() {
+      ((format == formats ? accumulate_lines<formats, m, 1>(panels, begin, end, x) : void()), ...);
+    };
+    try_formats.template
+    operator()<Format::f32, Format::f16, Format::bf16, Format::q8_0, Format::q4_0, Format::q4_1>();
   }
 
   // Columns k in a cache line.
@@ -169,7 +150,7 @@ class PanelSums {
   // raw: this thread's part of line `line`; x starts at column 0.
   template <Format format>
   RECYCLE_DEVICE void accumulate_line(const std::byte* panel, uint4 raw, int64_t line, int group,
-                                      const float* x, float (&sums)[R][kOutputsPerThread]) {
+                                      const float* x, float (&out)[R][kOutputsPerThread]) {
     constexpr int K = k_per_line<format>();
     const int64_t column = line * K;
     float scales[kOutputsPerThread], minima[kOutputsPerThread];
@@ -190,7 +171,7 @@ class PanelSums {
 #pragma unroll
         for (int o = 0; o < kOutputsPerThread; ++o)
 #pragma unroll
-          for (int i = 0; i < K; ++i) sums[r][o] = fmaf(weights[o][i], values[i], sums[r][o]);
+          for (int i = 0; i < K; ++i) out[r][o] = fmaf(weights[o][i], values[i], out[r][o]);
       } else {
         float total = 0;
         if constexpr (format == Format::q4_1)
@@ -200,8 +181,8 @@ class PanelSums {
           float sum = 0;
 #pragma unroll
           for (int i = 0; i < K; ++i) sum = fmaf(weights[o][i], values[i], sum);
-          sums[r][o] = fmaf(scales[o], sum, sums[r][o]);
-          if constexpr (format == Format::q4_1) sums[r][o] = fmaf(minima[o], total, sums[r][o]);
+          out[r][o] = fmaf(scales[o], sum, out[r][o]);
+          if constexpr (format == Format::q4_1) out[r][o] = fmaf(minima[o], total, out[r][o]);
         }
       }
     }

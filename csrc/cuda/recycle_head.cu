@@ -1,4 +1,4 @@
-// The op recycle_head: lm_head.cu and sampling.cu, and after them one kernel that writes tokens and log-probabilities.
+// The op recycle_head: lm_head.cu, sampling.cu, and one kernel that writes tokens and log-probabilities.
 //
 //   logits [rows, n], probabilities or a partial argmax -> tokens [rows], log softmax(logits)[token] [rows]
 //

@@ -2,8 +2,8 @@
 //
 //   logits [rows, n] float32 -> the same array, probabilities
 //
-// Bounded by a few passes of 1,024 threads over the row, which lies in the L2 cache (49,152 tokens: 196 kB).
-// Top-k and top-p are radix selections: 8 bits at a time from the top, with a histogram in shared memory, of counts for
+// Bounded by a few passes of 1,024 threads over the row, which lies in the L2 cache (49,152 tokens: 196 kB). Top-k
+// and top-p are radix selections: 8 bits at a time from the top, with a histogram in shared memory, of counts for
 // top-k and of probabilities for top-p. Probabilities are summed as fixed-point integers (2^-40), because the order
 // of atomic additions varies, and sums of floats would vary with the order.
 // Rejected, by counting passes: sorting the row.

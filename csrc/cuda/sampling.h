@@ -18,15 +18,8 @@ RECYCLE_DEVICE int argmax(const PartialArgmax& partial, int64_t row) {
   Argmax best;
   for (int i = threadIdx.x; i < partial.blocks; i += kSampleThreads) {
     const float value = partial.value[row * partial.blocks + i];
-    const int token = partial.token[row * partial.blocks + i];
     best.nonfinite += value != value ? value : 0;
-    // The first one even if it is -inf or NaN: `token` must be a token of the row.
-    if (i == static_cast<int>(threadIdx.x)) {
-      best.value = value;
-      best.token = token;
-    } else {
-      best.combine(value, token);
-    }
+    best.combine(value, partial.token[row * partial.blocks + i]);
   }
   best.reduce(kWarp);
   __syncthreads();
@@ -81,8 +74,8 @@ RECYCLE_DEVICE int64_t sample(const float* probs, int64_t n, float u) {
   return token;
 }
 
-// logits [rows, n] become probabilities in place, as Sampling says. finite [rows]: 0 for a row with a nonfinite logit,
-// whose logits stay.
+// logits [rows, n] become probabilities in place, as Sampling says. finite [rows]: 0 for a row with a nonfinite
+// logit, whose logits stay.
 void logits_to_probs(Launcher& launcher, const Sampling& sampling, int n_rows, int64_t n,
                      float* logits, int* finite);
 

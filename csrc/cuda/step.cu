@@ -1,8 +1,8 @@
-// decode_step as a sequence of kernels; csrc/cpu/decode_step.cpp says what a step computes. A layer is five kernels (qkv,
-// attention, linear, gate_up, linear); between the passes is one kernel for the choice or a draft token.
+// decode_step as a sequence of kernels; csrc/cpu/decode_step.cpp says what a step computes. A layer is five kernels
+// (qkv, attention, linear, gate_up, linear); between the passes is one kernel for the choice or a draft token.
 //
-// Bounded by reading the weights. Time is lost where one kernel ends and the next one fills the GPU again: 24 layers are
-// 120 kernels. On Hopper the next kernel starts early and prefetches its weights meanwhile (intrinsics.cuh).
+// Bounded by reading the weights. Time is lost where one kernel ends and the next one fills the GPU again: 24 layers
+// are 120 kernels. On Hopper the next kernel starts early and prefetches its weights meanwhile (intrinsics.cuh).
 #include "ops.h"
 
 #include <algorithm>

@@ -1,6 +1,6 @@
-// Runs CUDA kernels on the CPU, one block after the other, for tests without a GPU. Each thread of a block is a fiber,
-// which runs until a barrier or an exchange of values in its warp. The tests find wrong indices, barriers and sums; they
-// can't find races, and say nothing about speed.
+// Runs CUDA kernels on the CPU, one block after the other, for tests without a GPU. Each thread of a block is a
+// fiber, which runs until a barrier or an exchange of values in its warp. The tests find wrong indices, barriers and
+// sums; they can't find races, and say nothing about speed.
 //
 // The emulation is stricter than a GPU: shared memory is full of NaN at first, blocks run in a shuffled order, and a
 // barrier that some threads never reach ends the process.
