@@ -11,8 +11,8 @@
 
 #include "check_arguments.h"
 #include "device_info.h"
+#include "ops.h"
 #include "recycle/format.h"
-#include "single_ops.h"
 
 namespace recycle::bindings {
 
