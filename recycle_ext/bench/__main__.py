@@ -204,9 +204,9 @@ def run(options: argparse.Namespace) -> int:
         records = [RunnerRecord(job) for job in found]
         finished = run_interleaved(records, options.repeats, options.phases)
     settings = {
-        "model": checkpoint.path,
+        "model": Path(checkpoint.path).name,
         "model_name": checkpoint.config.name,
-        "module": None if module is None else str(module),
+        "module": None if module is None else module.name,
         "context": request.context,
         "new_tokens": request.new_tokens,
         "prompt_tokens": request.prompt_tokens,

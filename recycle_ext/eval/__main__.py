@@ -197,9 +197,9 @@ def settings(
 ) -> dict:
     """The settings that the figures depend on, besides the machine and the prompts."""
     return {
-        "model": checkpoint.path,
+        "model": Path(checkpoint.path).name,
         "model_name": checkpoint.config.name,
-        "module": str(options.module or default_module(checkpoint)),
+        "module": Path(options.module or default_module(checkpoint)).name,
         "formats": model.packed.formats,
         "dtype": options.dtype,
         "module_dtype": options.module_dtype,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -155,7 +154,7 @@ def heading(report: dict) -> str:
     if where == "cpu":
         where = f"{here['cpu']}, {plural(here['cores'], 'core')}, threads {settings['threads']}, {here['isa']}"
     return (
-        f"{settings['model_name']} ({settings['formats']}), module {Path(settings['module']).name}; "
+        f"{settings['model_name']} ({settings['formats']}), module {settings['module']}; "
         f"greedy, at most {settings['max_new_tokens']} new tokens\n"
         f"{where}; torch {here['torch']}; {here['date']}"
     )
