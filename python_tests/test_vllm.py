@@ -83,7 +83,7 @@ def tokenizer(default_model):
 
 @pytest.fixture(scope="module")
 def module(base, tokenizer, tmp_path_factory):
-    """RECYCLE_EAGLE_MODULE, or W_in by least squares, h_{i+1} from [e(x_{i+1}) ; h_i], before a faint layer."""
+    """RECYCLE_EAGLE_MODULE, or W_in by least squares, h_{i+1} from [e(x_{i+1}) ; h_i], before a layer with small outputs."""
     if given := os.environ.get("RECYCLE_EAGLE_MODULE"):
         return Path(given)
     reference = BaseModel(base.config)

@@ -25,8 +25,7 @@ from recycle_ext.errors import RecycleError
 from recycle_ext.text import tokenizer
 from recycle_ext.text.tokenizer import Tokenizer
 
-_SIZES = ["vocab_size", "hidden_size", "intermediate_size", "n_layers"]
-_SIZES += ["n_heads", "n_kv_heads", "head_dim"]
+_SIZES = ["vocab_size", "hidden_size", "intermediate_size", "n_layers", "n_heads", "n_kv_heads", "head_dim"]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ _TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 
 
 def read_config(header: GgufHeader) -> ModelConfig:
-    """The model's config. Raises RecycleError, which names the key, for what is not supported."""
+    """The model's config. Raises RecycleError, which names the key, for a value that is not supported."""
     file, get = header.file, header.get
     arch = get("general.architecture", str)
     if arch not in BY_GGUF_NAME:

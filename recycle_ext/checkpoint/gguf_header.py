@@ -116,13 +116,15 @@ class GgufHeader:
         self._position += struct.calcsize("<" + code)
         return value
 
-    def _string(self) -> str:
-        size = self._scalar("Q")
-        text = self._data[self._position : self._position + size]
-        if len(text) < size:
+    def _bytes(self, size: int) -> bytes:
+        data = self._data[self._position : self._position + size]
+        if len(data) < size:
             raise struct.error
         self._position += size
-        return text.decode()
+        return data
+
+    def _string(self) -> str:
+        return self._bytes(self._scalar("Q")).decode()
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -132,12 +134,7 @@ class GgufHeader:
             if item_kind == _STRING:
                 return [self._string() for _ in range(count)]
             dtype = np.dtype("<" + self._code(item_kind))
-            size = count * dtype.itemsize
-            if self._position + size > len(self._data):
-                raise struct.error
-            values = self._data[self._position : self._position + size]
-            self._position += size
-            return np.frombuffer(values, dtype)
+            return np.frombuffer(self._bytes(count * dtype.itemsize), dtype)
         return self._scalar(self._code(kind))
 
     def _code(self, kind: int) -> str:

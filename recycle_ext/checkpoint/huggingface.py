@@ -16,10 +16,7 @@ from recycle_ext.text.tokenizer import Tokenizer
 
 
 def read_config(file: Path, name: str) -> ModelConfig:
-    """The config of the model that a config.json describes.
-
-    Raises RecycleError, which names the key, for what is not supported.
-    """
+    """The model's config. Raises RecycleError, which names the key, for a value that is not supported."""
     fields = Fields(file)
     get, refuse = fields.get, fields.refuse
     given = get("architectures", list, [])
@@ -32,7 +29,7 @@ def read_config(file: Path, name: str) -> ModelConfig:
     if (activation := get("hidden_act", str, "silu")) != "silu":
         refuse("hidden_act", activation, '"silu"')
     for key in ("attention_bias", "mlp_bias"):
-        # A Qwen2 layer has its bias on q, k and v whatever "attention_bias" says; MiMo's config.json says true.
+        # Qwen2 has a bias on q, k and v even without "attention_bias"; MiMo's config.json has that key.
         if get(key, bool, False) and not (architecture.qkv_bias and key == "attention_bias"):
             refuse(key, True, "a bias on q, k and v of Qwen2, and nowhere else,")
     hidden_size, n_heads = get("hidden_size", int), get("num_attention_heads", int)

@@ -44,7 +44,7 @@ def read_tensors(file: Path, only: Container[str] | None = None) -> dict[str, Te
 def _header(file: Path) -> tuple[int, dict]:
     """Byte at which the first tensor starts, and the header's entry of each tensor."""
     try:
-        # The library checks the header, and that the tensors fill the file exactly; it does not tell their offsets.
+        # safe_open checks the header, and that the tensors fill the file exactly, but does not return their offsets.
         with safe_open(file, framework="pt"):
             pass
         with open(file, "rb") as stream:

@@ -23,7 +23,7 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_DIGITS = {"llama-bpe": "{1,3}", "qwen2": ""}  # how many digits are one word
+_DIGITS = {"llama-bpe": "{1,3}", "qwen2": ""}  # digits that make one word
 # Token types in GGUF's tokenizer.ggml.token_type (llama.h, enum llama_token_type).
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
 
@@ -90,7 +90,7 @@ def from_json(
     eos_token_ids: tuple[int, ...],
     bos_token_id: int | None,
 ) -> Tokenizer:
-    """From a tokenizer.json and what a Hugging Face model says beside it.
+    """From the tokenizer.json of a Hugging Face model and the model's other files.
 
     config: the parsed tokenizer_config.json. chat_template: the text of chat_template.jinja; None: ``config`` may
     have one. The others: the model's. Raises RecycleError for a missing or damaged tokenizer.json.
@@ -125,7 +125,7 @@ def from_json(
 
 
 class GgufMetadata(Protocol):
-    """What ``from_gguf`` reads of a GGUF file; checkpoint.gguf_header.GgufHeader has it."""
+    """The header of a GGUF file, as ``from_gguf`` reads it (checkpoint.gguf_header.GgufHeader)."""
 
     file: Path
     get: Callable[..., Any]  # (key, type, default) -> value
@@ -193,7 +193,7 @@ def _byte_level(file: Path, pre: str, tokens: list[str], merges: list[tuple[str,
         words.insert(0, pre_tokenizers.Split(pattern, "isolated"))
     vocab = {text: index for index, text in enumerate(tokens)}
     try:
-        # Llama 3 takes a word that is in the vocabulary whole, whatever the merges say.
+        # Llama 3 does not merge the parts of a word that is in the vocabulary.
         model = models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe")
     except Exception as error:  # tokenizers raises nothing more specific
         raise RecycleError(f"{file}: the tokenizer's merges are damaged: {error}") from None
