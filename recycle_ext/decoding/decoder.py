@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from recycle_ext import _C
-from recycle_ext.checkpoint.config import ModelConfig, ModuleConfig
 from recycle_ext.decoding.cuda_graph import GraphedStep
 from recycle_ext.decoding.draft_policy import DraftPolicy, Experience
 from recycle_ext.decoding.kv_cache import CACHE_DTYPES, row_elements
@@ -140,7 +139,8 @@ class Decoder:
         self._graphs: dict[int, GraphedStep] = {}  # by the number of draft tokens
         self.steps = 0
 
-    def _new_cache(self, config: ModelConfig | ModuleConfig, dtype: torch.dtype) -> Tensor:
+    def _new_cache(self, config, dtype: torch.dtype) -> Tensor:
+        """Zeros for the stack of layers that ``config`` describes."""
         # The last step writes rows past the last token that counts.
         rows = self.capacity + _C.positions_needed(self._max_draft_tokens)
         shape = (config.n_layers, 2, self.batch, config.n_kv_heads, rows, row_elements(dtype, config.head_dim))
