@@ -1,4 +1,5 @@
 // Compiled without any instruction set flags: it must run everywhere.
+// Chooses the kernels' instruction set at run time: the best of this build that the processor can run.
 #include "kernels.h"
 
 #include <atomic>
