@@ -1,7 +1,7 @@
 # The target recycle_torch: headers and library of the installed torch, for the LibTorch Stable ABI.
 #
-# find_package(Torch) is not used: it requires CUDA if torch was built with it, and the Stable ABI needs nothing that it
-# sets up. There is no RPATH: Python loads torch before recycle_ext._C, so the loader finds libtorch_cpu by its name.
+# find_package(Torch) is not used: it requires CUDA if torch was built with it, and the Stable ABI needs nothing that
+# it sets up. There is no RPATH: Python loads torch before recycle_ext._C, so the loader finds libtorch_cpu by its name.
 set(RECYCLE_TORCH_DIR "" CACHE PATH "The installed package torch; empty: the one Python finds")
 if(NOT RECYCLE_TORCH_DIR)
   execute_process(

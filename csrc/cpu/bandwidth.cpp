@@ -1,9 +1,9 @@
-// A sum over a buffer of float32. Each thread reads its share as one stream, with the loads and prefetches of gemm(), and
-// from huge pages, like the weights.
+// A sum over a buffer of float32. Each thread reads its share as one stream, with the loads and prefetches of gemm(),
+// and from huge pages, like the weights.
 //
-// The result is the median pass, because decoding is compared with it as an average over a second, and on a shared
-// machine the best pass is faster than any such average. The buffer should be as large as the model: a cache that holds
-// the model then holds the buffer too, and the limit is the bandwidth of this cache.
+// The result is the median pass: decoding is an average over a second, and on a shared machine the best pass is faster
+// than any such average. The buffer should be as large as the model: a cache that holds the model then holds the
+// buffer too, and the limit is the bandwidth of this cache.
 #include "bandwidth.h"
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// Sampling on dense probabilities: logits [n]  ->  probabilities [n]  ->  token. A vocabulary of 49,152 is 196 kB, which
-// stays in the L2 cache.
+// Sampling on dense probabilities: logits [n]  ->  probabilities [n]  ->  token. A vocabulary of 49,152 is 196 kB,
+// which stays in the L2 cache.
 //
 // Bounded by the exponentials (vectorised) and by the selection of top-k. Top-p sorts only the tokens that can be in
 // the nucleus. Tried and rejected: sorting the whole vocabulary (3 ms).

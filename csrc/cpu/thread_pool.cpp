@@ -1,7 +1,7 @@
 // The threads, their barrier, and the profile of their phases (parallel.h, profile.h).
 //
-// A barrier is one counter and one generation: the last thread to arrive raises the generation, and the others wait for
-// that change. Tried and rejected: a worker that sleeps at once between two steps (50 us to wake it).
+// A barrier is one counter and one generation: the last thread to arrive raises the generation, and the others wait
+// for that change. Tried and rejected: a worker that sleeps at once between two steps (50 us to wake it).
 #include "recycle/parallel.h"
 
 #include <atomic>
