@@ -30,43 +30,23 @@ template <class... Parts>
 }
 
 inline const char* name_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Char:
-      return "int8";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Int:
-      return "int32";
-    default:
-      return "another dtype";
-  }
+  return type == ScalarType::Float      ? "float32"
+         : type == ScalarType::Double   ? "float64"
+         : type == ScalarType::Half     ? "float16"
+         : type == ScalarType::BFloat16 ? "bfloat16"
+         : type == ScalarType::Long     ? "int64"
+         : type == ScalarType::Int      ? "int32"
+         : type == ScalarType::Char     ? "int8"
+         : type == ScalarType::Byte     ? "uint8"
+                                        : "another dtype";
 }
 
 template <class Sizes>
 std::string shape_text(const Sizes& sizes) {
-  std::ostringstream text;
-  text << "[";
-  bool first = true;
-  for (const int64_t size : sizes) {
-    text << (first ? "" : ", ");
-    if (size == kAny)
-      text << "any";
-    else
-      text << size;
-    first = false;
-  }
-  text << "]";
-  return text.str();
+  std::string text;
+  for (const int64_t size : sizes)
+    text += (text.empty() ? "" : ", ") + (size == kAny ? "any" : std::to_string(size));
+  return "[" + text + "]";
 }
 
 template <class T>

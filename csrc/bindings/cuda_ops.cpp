@@ -175,14 +175,14 @@ bool knows_streams() {
   return stream_function() != nullptr;
 }
 
-int64_t gpu_scratch_bytes(const Tensor& plan, int64_t weights_bytes, int64_t batch, int64_t drafts,
-                          bool greedy, int64_t gpu) {
+int64_t gpu_scratch_bytes(const Tensor& plan, int64_t weights_bytes, int64_t batch,
+                          int64_t num_draft_tokens, bool greedy, int64_t gpu) {
   const Checker checker{"gpu_scratch_bytes", static_cast<int>(gpu)};
   Model model;
   // Only sizes are read, so any address serves.
   check_plan(checker, plan, reinterpret_cast<const std::byte*>(kAlign), weights_bytes, false,
              &model);
-  return cuda::decode_scratch_bytes(model, batch, drafts, greedy, device_of(checker));
+  return cuda::decode_scratch_bytes(model, batch, num_draft_tokens, greedy, device_of(checker));
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ void rotate(float* head, const float* cos, const float* sin, int64_t head_dim) {
   }
 }
 
-// A row in 8 bits, each value rounded to nearest even. The scale is NaN after a nonfinite value, which bytes can't hold.
+// A row in 8 bits, each value rounded to nearest even. After a nonfinite value the scale is NaN, since bytes can't be.
 void write_q8(const float* values, int64_t count, std::byte* row) {
   float max_abs = 0;
   float nonfinite = 0;

@@ -23,24 +23,6 @@
 
 namespace recycle {
 
-void DecodeWork::take(Arena& arena, const Model& model, int64_t batch, int64_t num_draft_tokens,
-                      bool greedy, int n_threads) {
-  const Stack& base = model.base.stack;
-  const Stack& module = model.has_module ? model.module.stack : base;
-  const int64_t head_rows = batch * (num_draft_tokens + 1);
-  const int64_t max_rows = std::max(head_rows, kPrefillRows);
-  forward.take(arena, max_rows, base, module, n_threads);
-  head.take(arena, head_rows, model.base.head.n, greedy, false, n_threads);
-  hidden = arena.take<float>(max_rows * base.hidden);
-  module_input = arena.take<float>(model.has_module ? max_rows * 2 * base.hidden : 0);
-  rows.segments = arena.take<Segment>(batch);
-  tokens = arena.take<int64_t>(max_rows);
-  source = arena.take<int64_t>(max_rows);
-  pending = arena.take<int64_t>(head_rows);
-  grown = arena.take<int64_t>(batch);
-  skipped = arena.take<int64_t>(batch);
-}
-
 namespace {
 
 // All threads of the team run each function here.

@@ -14,7 +14,8 @@ inline constexpr int64_t kTileRows = kTilePanels * kPanelRows;
 
 // Attention handles kChunk positions of the cache together, and divides the cache into kSplits parts that threads
 // share (part s: chunks s, s + kSplits, ...). Both depend on positions alone: the order of operations of a row is
-// the same for any number of threads. 64 positions: a head's bf16 keys and values are 16 KB at head_dim 64, and stay in L1.
+// the same for any number of threads. 64 positions: a head's bf16 keys and values are 16 KB at head_dim 64,
+// and stay in L1.
 // 16 splits: their factors are one vector in combine_splits(), and 3 key/value heads give 48 tasks to share.
 inline constexpr int64_t kChunk = 64;
 inline constexpr int64_t kSplits = 16;

@@ -1,5 +1,5 @@
-// Sampling on dense probabilities: logits [n]  ->  probabilities [n]  ->  token. A vocabulary of 49,152 is 196 kB, which
-// stays in the L2 cache.
+// Sampling on dense probabilities: logits [n]  ->  probabilities [n]  ->  token. A vocabulary of 49,152 is 196 kB,
+// which stays in the L2 cache.
 //
 // Bounded by the exponentials (vectorised) and by the selection of top-k. Top-p sorts only the tokens that can be in
 // the nucleus. Tried and rejected: sorting the whole vocabulary (3 ms).
@@ -28,13 +28,13 @@ void keep_nucleus(float top_p, float* probs, int64_t n, int32_t* order) {
     return probs[a] != probs[b] ? probs[a] > probs[b] : a < b;
   });
   double sum = 0;
-  int64_t kept = 0;
-  while (kept < candidates && (kept == 0 || sum < top_p)) sum += probs[order[kept++]];
-  std::sort(order, order + kept);
+  int64_t size = 0;  // of the nucleus
+  while (size < candidates && (size == 0 || sum < top_p)) sum += probs[order[size++]];
+  std::sort(order, order + size);
   const auto scale = static_cast<float>(1 / sum);
   int64_t next = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const bool in_nucleus = next < kept && order[next] == i;
+    const bool in_nucleus = next < size && order[next] == i;
     probs[i] = in_nucleus ? probs[i] * scale : 0;
     next += in_nucleus;
   }

@@ -22,7 +22,8 @@ constexpr int max_rows(bool quantised) {
   return quantised ? 4 : 2;
 }
 // Attention's tile: heads whose sums it keeps together, and for each head vectors of 16 elements of values (an even
-// number). 16 registers: 1 head * 4 vectors, or 2 heads * 2, are 8 registers of sums; the loaded values and weights need the rest.
+// number). 16 registers: 1 head * 4 vectors, or 2 heads * 2, are 8 registers of sums;
+// the loaded values and weights need the rest.
 constexpr int max_heads() {
   return 2;
 }

@@ -39,8 +39,7 @@ struct DecodeState {
   KvCache base_cache;
   KvCache module_cache;        // unused in standard mode
   int64_t* pending = nullptr;  // [batch, k + 1]; pending[b][0] < 0: the sequence is idle
-  int64_t* lengths =
-      nullptr;  // [2, batch] positions in the base model's cache, then in the module's
+  int64_t* lengths = nullptr;  // [2, batch] positions in the cache: the base model's, the module's
   float* draft_probs = nullptr;  // [batch, k, draft vocabulary]; sampled verify mode only
   std::byte* scratch = nullptr;  // decode_scratch_bytes()
 
