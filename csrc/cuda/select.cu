@@ -16,7 +16,7 @@ constexpr int kThreads = kSampleThreads;
 
 // ---- inputs of the passes -----------------------------------------------------------------------------
 
-// read_weight() for constants: a 64-bit division by a variable is a function call, and spills registers.
+// read_weight() with divisions by constants: a 64-bit division by a variable is a function call.
 RECYCLE_DEVICE float embedding_at(const Matrix& matrix, int64_t token, int64_t k) {
   const std::byte* panel = matrix.panel(token / kPanelRows);
   const int64_t lane = token % kPanelRows;
