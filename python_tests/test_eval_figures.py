@@ -142,10 +142,10 @@ def test_run_counts_equal_those_of_a_slow_loop(model, mode, drafts):
         ([7], 9, [1, 0], [0, 0], 1),
         ([4, 7], 9, [1, 1], [1, 0], 2),
         ([4, 5, 7], 9, [1, 1], [1, 1], 3),
-        ([2, 7], 9, [1, 0], [1, 0], 1),  # 2 is the end token: draft tokens behind it do not count
+        ([2, 7], 9, [1, 0], [1, 0], 1),  # draft tokens behind the end token, 2, do not count
         ([4, 2, 7], 9, [1, 1], [1, 1], 2),
         ([2], 9, [1, 0], [0, 0], 1),
-        ([4, 5, 7], 2, [1, 1], [1, 1], 2),  # nor do draft tokens past the limit
+        ([4, 5, 7], 2, [1, 1], [1, 1], 2),  # draft tokens past the limit do not count
         ([4, 5, 7], 1, [1, 0], [1, 0], 1),
         ([4, 7], 1, [1, 0], [1, 0], 1),
         ([7], 1, [1, 0], [0, 0], 1),

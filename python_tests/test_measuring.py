@@ -1,4 +1,4 @@
-"""What bench, eval, train and info share: the machine, the bandwidth, tables, plots, optional libraries."""
+"""The parts that bench, eval, train and info share: the machine, the bandwidth, tables, plots, optional libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A system under measurement: it loads a model once, then prefills and decodes under a clock. And recycle_ext's own."""
+"""Systems under measurement load a model once, then prefill and decode under a clock. ``Ours`` is recycle_ext."""
 
 from __future__ import annotations
 

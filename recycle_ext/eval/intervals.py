@@ -28,7 +28,7 @@ def interval(
     data = tuple(np.asarray(column, dtype=np.float64) for column in columns)
     if len(data[0]) < 2:
         return None
-    from scipy import stats  # takes most of a second to import, so only where an interval is needed
+    from scipy import stats  # the import takes most of a second
 
     def of_resamples(*samples: np.ndarray, axis: int) -> np.ndarray:
         return statistic(*(sample.mean(axis) for sample in samples))

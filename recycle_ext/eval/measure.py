@@ -70,8 +70,8 @@ def run_prompts(
     for decoder in decoders.values():  # a warm-up: touches the memory and starts the threads
         decode(decoder, encoded[0], min(_WARM_UP_TOKENS, max_new_tokens), ends)
     rows = []
-    turns = list(zip(prompts, encoded, rounds(setups, len(prompts)), strict=True))
-    for prompt, ids, order in tqdm(turns, unit=" prompts", leave=False):
+    interleaved = list(zip(prompts, encoded, rounds(setups, len(prompts)), strict=True))
+    for prompt, ids, order in tqdm(interleaved, unit=" prompts", leave=False):
         runs = {setup: decode(decoders[setup], ids, max_new_tokens, ends) for setup in order}
         standard = runs[setups[0]].token_ids
         row = {

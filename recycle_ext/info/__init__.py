@@ -1,6 +1,6 @@
-"""What a bug report needs: versions, build, processor, threads, memory, GPUs, the default model's place.
+"""The facts that a bug report needs: versions, build, processor, threads, memory, GPUs, the default model's place.
 
-`python -m recycle_ext.info` prints it, in the manner of `python -m torch.utils.collect_env`.
+`python -m recycle_ext.info` prints them, in the manner of `python -m torch.utils.collect_env`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LIBRARIES = (
     *("filelock", "psutil", "py-cpuinfo"),
     *("transformers", "llama-cpp-python", "pyarrow", "scipy", "tabulate", "matplotlib"),
 )
-PROBE_BYTES = (32 << 20, 256 << 20)  # about a small model in 4 bits, and in 16
+PROBE_BYTES = (32 << 20, 256 << 20)  # the second is about a small model in 16 bits
 _PROBE_REPEATS = 3
 
 
@@ -78,7 +78,7 @@ def versions() -> dict[str, str]:
 
 
 def build() -> dict[str, str]:
-    """How the compiled part was built."""
+    """The build of the compiled part."""
     facts = _C.build_info()
     cuda_library = Path(_C.__file__).with_name("librecycle_cuda.so")
     return {
@@ -146,7 +146,7 @@ def gpu_lines() -> dict[str, str]:
 
 
 def default_model_lines() -> dict[str, str]:
-    """Where the default model is kept, and whether it was fetched."""
+    """The default model's folder, and its file if the model was fetched."""
     folder = cache_directory()
     places = [folder / GGUF_NAME, folder / Path(HUB_ID).name]
     found = next((place for place in places if place.exists()), None)

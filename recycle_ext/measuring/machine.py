@@ -1,4 +1,4 @@
-"""What a figure depends on besides the model: processor, caches, memory, GPU, versions."""
+"""The conditions of a figure besides the model: processor, caches, memory, GPU, versions."""
 
 from __future__ import annotations
 
