@@ -178,5 +178,5 @@ PYBIND11_MODULE(_C, m) {
         "Free positions the caches must have for a decode step.");
   m.attr("PLAN_MAGIC") = recycle::kPlanMagic;
   m.attr("PLAN_VERSION") = recycle::kPlanVersion;
-  m.attr("MAX_DRAFTS") = recycle::kMaxDrafts;
+  m.attr("MAX_DRAFTS") = recycle::kMaxDraftTokens;
 }

@@ -134,15 +134,15 @@ PhaseTime phase_time(Phase phase, bool is_module) {
 }
 
 const char* phase_name(Phase phase) {
-  constexpr const char* names[kPhases] = {"lead", "qkv",   "attention", "output", "gate_up",
-                                          "down", "input", "head",      "pick"};
+  constexpr const char* names[kPhases] = {"leader", "qkv",        "attention", "output", "gate_up",
+                                          "down",   "input_proj", "head",      "select"};
   return names[static_cast<int>(phase)];
 }
 
 void Team::barrier(Phase phase) const {
-  if (times != nullptr) times->finish(phase, in_module);
+  if (profile != nullptr) profile->finish(phase, in_module);
   if (n_threads > 1) sync->arrive_and_wait();
-  if (times != nullptr) times->resume(phase, in_module);
+  if (profile != nullptr) profile->resume(phase, in_module);
 }
 
 namespace {

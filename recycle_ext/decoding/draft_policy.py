@@ -184,9 +184,7 @@ class DraftPolicy:
             share *= mean
             total += share
             self._tokens.append(total)
-        self._worth = [
-            t / price for t, price in zip(self._tokens, self._experience.prices, strict=True)
-        ]
+        self._worth = [t / price for t, price in zip(self._tokens, self._experience.prices, strict=True)]
 
     def _best(self, least: int) -> int:
         """Of the k that were timed, from ``least`` on."""
