@@ -99,11 +99,7 @@ def test_tables_of_a_run_are_markdown(whole_run):
     lines = done.stdout.splitlines()
     tables = [index for index, line in enumerate(lines) if line and not set(line) - set("|-: ")]
     assert len(tables) == 1 + 6  # the results, and the phases of each
-    assert [lines[tables[0] + i].split("|")[2].strip() for i in range(1, 7)] == [
-        "standard",
-        "verify",
-        "alternate",
-    ] * 2
+    assert [lines[tables[0] + i].split("|")[2].strip() for i in range(1, 7)] == ["standard", "verify", "alternate"] * 2
     assert "tokens/s" in lines[tables[0] - 1]
     assert "base: 6 tokens after 5, a prompt of 20, medians of 2" in done.stdout
     assert "Phases of alternate q8, threads 1, batch 2:" in done.stdout

@@ -66,16 +66,12 @@ def runners() -> list[GpuRunner]:
 def test_table_shows_the_speed_up_and_its_limit():
     results = [figures(runner, 1e5) for runner in runners()]
     assert [r["step_microseconds"] for r in results] == pytest.approx([2000, 2400, 2500, 5000])
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in table(results).splitlines()[2:]
-    ]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(results).splitlines()[2:]]
     ours = ["Tiny", "recycle_ext"]
     assert rows[0] == [*ours, "standard", "bf16", "2000", "500", "0", "50%", "", "", "1000"]
     assert rows[1] == [*ours, "verify", "bf16", "2400", "", "0", "52%", "", "", "1000"]
     # Two steps of standard in the time of one and a quarter, where the bytes would allow 1.6.
-    assert rows[2] == (
-        [*ours, "alternate", "bf16", "2500", "800", "0", "50%", "1.60x", "100%", "1000"]
-    )
+    assert rows[2] == ([*ours, "alternate", "bf16", "2500", "800", "0", "50%", "1.60x", "100%", "1000"])
     peer = ["Tiny", "torch.compile", "standard", "bf16", "5000", "200", "0", "20%", "", "", ""]
     assert rows[3] == peer
 

@@ -39,10 +39,7 @@ def used_and_needed(model: Path, dtype: str, copies: int = 0) -> tuple[int, int]
     copies: of the packed weights, made on purpose.
     """
     done = subprocess.run(
-        [sys.executable, "-c", CODE, model, dtype, str(copies)],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", CODE, model, dtype, str(copies)], capture_output=True, text=True, check=True
     )
     used, needed = json.loads(done.stdout)
     return used, needed

@@ -15,9 +15,7 @@ _BATCH = 1000  # resamples in memory at once
 Statistic = Callable[..., np.ndarray]
 
 
-def interval(
-    *columns: np.ndarray, statistic: Statistic = lambda *means: means[0]
-) -> tuple[float, float] | None:
+def interval(*columns: np.ndarray, statistic: Statistic = lambda *means: means[0]) -> tuple[float, float] | None:
     """The percentile interval (Efron and Tibshirani 1993, chapter 13) of a statistic of the columns' means.
 
     columns: [examples] float each; the values of one example stand at one index in all columns, and resampling keeps them

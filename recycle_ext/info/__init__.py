@@ -17,14 +17,7 @@ from recycle_ext import _C
 from recycle_ext.checkpoint.default_model import GGUF_NAME, HUB_ID, cache_directory
 from recycle_ext.measuring.bandwidth import read_bandwidth
 from recycle_ext.measuring.extras import require
-from recycle_ext.measuring.machine import (
-    cache_bytes,
-    cpu_quota,
-    date,
-    gpu_driver,
-    plural,
-    processor,
-)
+from recycle_ext.measuring.machine import cache_bytes, cpu_quota, date, gpu_driver, plural, processor
 from recycle_ext.ops.registration import HAS_CUDA_OPS
 
 # The libraries that recycle_ext depends on, then those of its extras.
@@ -95,9 +88,7 @@ def processor_lines() -> dict[str, str]:
     cpu = processor()
     available, total = _C.available_cores(), os.cpu_count()
     threads = _C.n_threads()
-    reason = (
-        "one per core that this process may run on" if threads == available else "set by a call"
-    )
+    reason = "one per core that this process may run on" if threads == available else "set by a call"
     quota = cpu_quota()
     caches = ", ".join(f"{name} {_size(size)}" for name, size in cache_bytes().items())
     return {
@@ -121,9 +112,7 @@ def memory_lines(bandwidth: bool) -> dict[str, str]:
     if bandwidth:
         for size in PROBE_BYTES:
             rate = read_bandwidth(torch.device("cpu"), size, _PROBE_REPEATS)
-            lines[f"reading {_size(size)}"] = (
-                f"{rate / 1e9:.1f} GB/s with {plural(_C.n_threads(), 'thread')}"
-            )
+            lines[f"reading {_size(size)}"] = f"{rate / 1e9:.1f} GB/s with {plural(_C.n_threads(), 'thread')}"
     return lines
 
 
@@ -139,8 +128,7 @@ def gpu_lines() -> dict[str, str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         lines[f"cuda:{index}"] = (
-            f"{properties.name}, sm_{properties.major}{properties.minor}, "
-            f"{_size(properties.total_memory)}"
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {_size(properties.total_memory)}"
         )
     return lines
 
