@@ -37,14 +37,7 @@ def write_model(folder: Path) -> Path:
 
 def options_for(model: Path) -> list[str]:
     folder = model.parent
-    options = [
-        "--model",
-        model,
-        "--module",
-        folder / "module",
-        "--prompts",
-        folder / "prompts.jsonl",
-    ]
+    options = ["--model", model, "--module", folder / "module", "--prompts", folder / "prompts.jsonl"]
     options += ["--cloze", folder / "cloze.jsonl", "--max-new-tokens", NEW_TOKENS, "--threads", 1]
     return [*map(str, options), "--dtype", "f32"]
 
@@ -58,8 +51,6 @@ def model_of_transformers(model: Path):
 @torch.no_grad()
 def likelihoods_of_transformers(model: Path, prompt: list[int], text: list[int]):
     """Log-likelihoods and argmax tokens, from transformers with the same weights."""
-    logits = model_of_transformers(model)(torch.tensor([[*prompt, *text]])).logits[
-        0, len(prompt) - 1 : -1
-    ]
+    logits = model_of_transformers(model)(torch.tensor([[*prompt, *text]])).logits[0, len(prompt) - 1 : -1]
     rows = torch.arange(len(text))
     return logits.log_softmax(-1)[rows, torch.tensor(text)], logits.argmax(-1)

@@ -12,6 +12,7 @@ import pytest
 from bench_model import SMALL, write_model
 
 from recycle_ext.bench.__main__ import main
+from recycle_ext.bench.page import page, readme_table
 from recycle_ext.bench.plot import draw, plot
 
 RESULT_KEYS = {
@@ -98,15 +99,27 @@ def test_tables_of_a_run_are_markdown(whole_run):
     lines = done.stdout.splitlines()
     tables = [index for index, line in enumerate(lines) if line and not set(line) - set("|-: ")]
     assert len(tables) == 1 + 6  # the results, and the phases of each
-    assert [lines[tables[0] + i].split("|")[2].strip() for i in range(1, 7)] == [
-        "standard",
-        "verify",
-        "alternate",
-    ] * 2
+    assert [lines[tables[0] + i].split("|")[2].strip() for i in range(1, 7)] == ["standard", "verify", "alternate"] * 2
     assert "tokens/s" in lines[tables[0] - 1]
     assert "base: 6 tokens after 5, a prompt of 20, medians of 2" in done.stdout
     assert "Phases of alternate q8, threads 1, batch 2:" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_json_of_a_run_holds_what_the_page_needs(whole_run, tmp_path):
+    _, report = whole_run
+    (tmp_path / "speed.json").write_text(json.dumps(report))
+    text = page(tmp_path)
+    assert str(Path.home()) not in json.dumps(report)  # a committed file names no folder
+    assert f"{report['machine']['cpu']}, " in text
+    assert report["machine"]["date"] in text
+    assert "### 1 thread, batch 2" in text
+    table = readme_table(tmp_path)
+    for result in report["results"]:
+        rate = f"{result['tokens_per_second']:.0f}"
+        assert f"{rate} (" in text
+        assert f" {rate} |" in table or result["batch"] == 2
+    assert len(table.split("\n\n")[0].splitlines()) == 2 + 3  # one row per mode
 
 
 def test_plot_of_a_run_shows_every_rate_and_limit(whole_run, tmp_path):

@@ -42,12 +42,7 @@ def write_gguf(file: Path, kind: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("dtype", "types"),
-    [
-        ("bf16", "F16 F16 F16"),
-        ("q8", "Q8_0 Q8_0 F16"),
-        ("q4", "Q8_0 Q4_0 F16"),
-        ("f32", "F32 F32 F32"),
-    ],
+    [("bf16", "F16 F16 F16"), ("q8", "Q8_0 Q8_0 F16"), ("q4", "Q8_0 Q4_0 F16"), ("f32", "F32 F32 F32")],
 )
 def test_requantized_file_keeps_values_and_metadata(tmp_path, dtype, types):
     values = write_gguf(tmp_path / "model.gguf", "F16")

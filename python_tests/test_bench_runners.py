@@ -1,4 +1,4 @@
-"""The runners of python -m recycle_ext.bench: jobs, what one measurement counts, and which peers can run."""
+"""The runners of python -m recycle_ext.bench: jobs, the counts of one measurement, and the choice of peers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_drafts_auto_is_for_verify_alone(model):
     assert [job.runner.drafts for job in jobs_of(model, drafts="auto")] == [0, "auto", 1]
 
 
-# ---- What one measurement counts ---------------------------------------------------------------------
+# ---- The counts of one measurement -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("drafts", [1, 3])

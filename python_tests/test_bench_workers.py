@@ -77,9 +77,7 @@ def test_interleaved_runs_alternate_their_direction(model, pretend):
     assert [len(record.measurements) for record in records] == [3, 3, 3]
 
 
-@pytest.mark.parametrize(
-    ("deed", "reason"), [("fall", "out of luck"), ("shot", "ended by signal 9: no reason given")]
-)
+@pytest.mark.parametrize(("deed", "reason"), [("fall", "out of luck"), ("shot", "ended by signal 9: no reason given")])
 def test_worker_that_dies_is_left_out(model, pretend, capsys, deed, reason):
     order = pretend(f"verify:{deed}")
     assert main(["--model", str(model), "--module", str(model.parent / "module"), *SMALL]) == 0
@@ -131,11 +129,7 @@ def test_limit_fraction_compares_with_the_bytes():
     def result(mode, rate, acceptance, drafts=1, threads=2):
         values = {"system": "recycle_ext", "dtype": "q8", "threads": threads, "batch": 1}
         values |= {"mode": mode, "tokens_per_second": rate, "acceptance_rate": acceptance}
-        return values | {
-            "drafts": drafts,
-            "standard_step_bytes": 100,
-            "step_bytes": 100 + 25 * drafts,
-        }
+        return values | {"drafts": drafts, "standard_step_bytes": 100, "step_bytes": 100 + 25 * drafts}
 
     standard = result("standard", 50.0, None, drafts=0)
     # Two tokens for 1.25 times the bytes: 1.6 times the rate, 80 tokens a second.
@@ -160,10 +154,7 @@ def test_limit_fraction_compares_with_the_bytes():
         (["--modes", "fast"], "--modes has 'fast'; it must be of standard, verify, alternate"),
         (["--modes", ","], "--modes is empty"),
         (["--dtypes", "q8,q5"], "--dtypes has 'q5'; it must be of native, f32, bf16, q8, q4"),
-        (
-            ["--peers", "vllm"],
-            "--peers has 'vllm'; it must be of transformers, torch.compile, llama.cpp",
-        ),
+        (["--peers", "vllm"], "--peers has 'vllm'; it must be of transformers, torch.compile, llama.cpp"),
         (["--drafts", "5"], "--drafts is 5; it must be 1 to 4"),
         (["--threads", "1,two"], "--threads is '1,two'; it must be whole numbers"),
         (["--threads", "257"], "--threads has 257; it must be 1 to 256"),

@@ -11,13 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_model import (
-    NEW_TOKENS,
-    PROMPTS,
-    likelihoods_of_transformers,
-    options_for,
-    write_model,
-)
+from eval_model import NEW_TOKENS, PROMPTS, likelihoods_of_transformers, options_for, write_model
 
 from recycle_ext.checkpoint.base_model import open_checkpoint
 from recycle_ext.eval import intervals, measure
@@ -52,20 +46,12 @@ def test_json_of_a_run_has_every_figure(whole_run):
     assert report["settings"]["reference_dtype"] == "f32"
     assert report["machine"]["torch"] == torch.__version__
     assert [(s["drafts"], s["category"], s["prompts"]) for s in report["summaries"]] == [
-        (k, category, count)
-        for k in (1, 2)
-        for category, count in (("sea", 2), ("land", 2), ("all", 4))
+        (k, category, count) for k in (1, 2) for category, count in (("sea", 2), ("land", 2), ("all", 4))
     ]
     assert [row["prompt"] for row in report["prompts"]] == [p["prompt"] for p in PROMPTS]
     assert [row["prompt_tokens"] for row in report["prompts"]] == [11, 9, 20, 1]
     for row in report["prompts"]:
-        assert list(row["runs"]) == [
-            "standard",
-            "verify-1",
-            "alternate-1",
-            "verify-2",
-            "alternate-2",
-        ]
+        assert list(row["runs"]) == ["standard", "verify-1", "alternate-1", "verify-2", "alternate-2"]
         for run in row["runs"].values():
             assert run["decode_seconds"] > 0
             assert 0 < len(run["token_ids"]) <= NEW_TOKENS
@@ -111,9 +97,7 @@ def test_quality_figures_equal_those_of_transformers(model, whole_run):
                     assert token == argmax[index]
             differences.append(means[1] - means[0])
         (total,) = (s for s in report["summaries"] if (s["category"], s["drafts"]) == ("all", k))
-        assert total["log_likelihood_difference_nats_per_token"] == pytest.approx(
-            np.mean(differences), abs=1e-4
-        )
+        assert total["log_likelihood_difference_nats_per_token"] == pytest.approx(np.mean(differences), abs=1e-4)
         assert total["perplexity_ratio"] == pytest.approx(math.exp(-np.mean(differences)), rel=1e-3)
         assert total["draft_agreement"] == agreeing / drafts < 1
         assert total["base_agreement"] == 1
@@ -181,10 +165,7 @@ def test_text_of_verify_that_differs_is_a_failure(model, capsys, monkeypatch):
     assert main([*options_for(model), "--no-cloze", "--no-quality"]) == 1
     out, error = capsys.readouterr()
     assert "identical: 0 of 4" in out
-    assert (
-        "error: 4 texts of verify differ from standard's; the first: verify-1 on 'the sea was'"
-        in error
-    )
+    assert "error: 4 texts of verify differ from standard's; the first: verify-1 on 'the sea was'" in error
 
 
 # ---- The user's mistakes -----------------------------------------------------------------------------
@@ -215,10 +196,7 @@ def mistake(arguments, capsys) -> str:
         (["--drafts", "one"], "--drafts is 'one'"),
         (["--limit", "0"], "--limit is 0; it must be at least 1"),
         (["--max-new-tokens", "0"], "--max-new-tokens is 0; it must be at least 1"),
-        (
-            ["--max-new-tokens", "505"],
-            "prompts.jsonl:1: the prompt has 11 tokens, and 505 are to follow",
-        ),
+        (["--max-new-tokens", "505"], "prompts.jsonl:1: the prompt has 11 tokens, and 505 are to follow"),
         (["--device", "abacus"], "abacus"),
         (["--json", "nowhere/out.json"], "--json nowhere/out.json: there is no directory nowhere"),
         (["--plot", "bars.jpeg2"], "--plot is bars.jpeg2; it must end in .png"),
@@ -239,26 +217,14 @@ def test_mistake_of_the_user_is_one_line(model, capsys, arguments, message):
         ("p.jsonl", '{"prompt": " "}\n', "p.jsonl:1: the prompt is empty"),
         ("p.jsonl", '{"prompt": 7}\n', "p.jsonl:1: prompt is 7; it must be text"),
         ("p.jsonl", '{"prompt": "a", "chat": 1}', "p.jsonl:1: chat is 1; it must be true or false"),
-        (
-            "p.jsonl",
-            '{"prompt": "a", "kind": "b"}',
-            "p.jsonl:1: 'kind' is not one of prompt, category",
-        ),
+        ("p.jsonl", '{"prompt": "a", "kind": "b"}', "p.jsonl:1: 'kind' is not one of prompt, category"),
         ("p.jsonl", "", "p.jsonl: holds no prompts"),
         ("p.txt", "\n \n", "p.txt: holds no prompts"),
         ("p.txt", b"\xff\xfe", "p.txt: not UTF-8"),
         ("c.jsonl", '{"context": "a"}\n', "c.jsonl:1: there is no continuation"),
         ("c.jsonl", '{"source": "a"}\n', "c.jsonl: holds no items"),
-        (
-            "c.jsonl",
-            '{"context": "a", "continuation": "b"}\n',
-            "makes two tokens of no continuation",
-        ),
-        (
-            "c.jsonl",
-            json.dumps({"context": "a" * 600, "continuation": " b"}),
-            "602 tokens; this model's",
-        ),
+        ("c.jsonl", '{"context": "a", "continuation": "b"}\n', "makes two tokens of no continuation"),
+        ("c.jsonl", json.dumps({"context": "a" * 600, "continuation": " b"}), "602 tokens; this model's"),
     ],
 )
 def test_damaged_file_is_one_line(model, capsys, tmp_path, name, text, message):
@@ -277,11 +243,7 @@ def test_text_without_cloze_items_is_one_line(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("package", "feature"),
-    [
-        ("matplotlib", "--plot"),
-        ("scipy", "python -m recycle_ext.eval"),
-        ("tabulate", "python -m recycle_ext.eval"),
-    ],
+    [("matplotlib", "--plot"), ("scipy", "python -m recycle_ext.eval"), ("tabulate", "python -m recycle_ext.eval")],
 )
 def test_missing_library_is_one_line(model, monkeypatch, capsys, package, feature):
     monkeypatch.setitem(sys.modules, package, None)

@@ -10,11 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_model import (
-    NEW_TOKENS,
-    likelihoods_of_transformers,
-    write_model,
-)
+from eval_model import NEW_TOKENS, likelihoods_of_transformers, write_model
 from models import reference_base, reference_module
 
 from recycle_ext.checkpoint.base_model import open_checkpoint
@@ -82,9 +78,7 @@ def test_interval_of_too_few_examples_is_none():
 
 def slow_decode(base, module, mode: str, drafts: int, prompt: list[int], ends: set[int]) -> Run:
     """The same figures from the decoder in plain PyTorch, counted from the definitions."""
-    decoder = ReferenceDecoder(
-        reference_base(base), reference_module(module), module.draft_vocab(), mode, drafts
-    )
+    decoder = ReferenceDecoder(reference_base(base), reference_module(module), module.draft_vocab(), mode, drafts)
     text = [decoder.prefill(prompt)]
     steps = []  # place of the step's first token in the text, draft tokens, new tokens
     while len(text) < NEW_TOKENS and not ends & set(text):
@@ -142,10 +136,10 @@ def test_run_counts_equal_those_of_a_slow_loop(model, mode, drafts):
         ([7], 9, [1, 0], [0, 0], 1),
         ([4, 7], 9, [1, 1], [1, 0], 2),
         ([4, 5, 7], 9, [1, 1], [1, 1], 3),
-        ([2, 7], 9, [1, 0], [1, 0], 1),  # 2 is the end token: draft tokens behind it do not count
+        ([2, 7], 9, [1, 0], [1, 0], 1),  # draft tokens behind the end token, 2, do not count
         ([4, 2, 7], 9, [1, 1], [1, 1], 2),
         ([2], 9, [1, 0], [0, 0], 1),
-        ([4, 5, 7], 2, [1, 1], [1, 1], 2),  # nor do draft tokens past the limit
+        ([4, 5, 7], 2, [1, 1], [1, 1], 2),  # draft tokens past the limit do not count
         ([4, 5, 7], 1, [1, 0], [1, 0], 1),
         ([4, 7], 1, [1, 0], [1, 0], 1),
         ([7], 1, [1, 0], [0, 0], 1),
@@ -171,10 +165,7 @@ def test_common_tokens_end_at_the_first_difference():
 def test_likelihoods_equal_those_of_transformers(model):
     generator = torch.Generator().manual_seed(0)
     lengths = [(3, 9), (20, 1), (1, 30), (5, 5), (7, 2), (2, 17), (4, 4), (9, 9), (6, 12)]
-    texts = [
-        tuple(torch.randint(0, 250, (n,), generator=generator).tolist() for n in pair)
-        for pair in lengths
-    ]
+    texts = [tuple(torch.randint(0, 250, (n,), generator=generator).tolist() for n in pair) for pair in lengths]
     base = load_base(open_checkpoint(model), "f32", torch.device("cpu"))
     for (prompt, text), (given, argmax) in zip(texts, read(base, texts), strict=True):
         expected, expected_argmax = likelihoods_of_transformers(model, prompt, text)
@@ -216,10 +207,7 @@ def test_prompts_of_a_text_file_are_its_lines(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("one\n\n  two \n")
     found = prompts.read_prompts(file, chat=True)
-    assert [(p.text, p.chat, p.where) for p in found] == [
-        ("one", True, f"{file}:1"),
-        ("  two ", True, f"{file}:3"),
-    ]
+    assert [(p.text, p.chat, p.where) for p in found] == [("one", True, f"{file}:1"), ("  two ", True, f"{file}:3")]
 
 
 def test_request_is_put_in_the_chat_template(default_model):
@@ -227,9 +215,7 @@ def test_request_is_put_in_the_chat_template(default_model):
     ids = prompts.Prompt("What is a fjord?", chat=True).encode(tokenizer)
     text = tokenizer.backend.decode(ids, skip_special_tokens=False)
     assert text.endswith("user\nWhat is a fjord?<|im_end|>\n<|im_start|>assistant\n")
-    assert prompts.Prompt("What is a fjord?").encode(tokenizer) == tokenizer.encode(
-        "What is a fjord?"
-    )
+    assert prompts.Prompt("What is a fjord?").encode(tokenizer) == tokenizer.encode("What is a fjord?")
 
 
 # ---- Cloze -------------------------------------------------------------------------------------------

@@ -86,9 +86,7 @@ def test_gpu_lines_describe_each_gpu(monkeypatch):
     assert lines["cuda:0"] == "GPU X, sm_90, 80 GiB"
 
 
-@pytest.mark.parametrize(
-    "missing", [["matplotlib", "scipy", "tabulate", "transformers", "llama_cpp", "pyarrow"]]
-)
+@pytest.mark.parametrize("missing", [["matplotlib", "scipy", "tabulate", "transformers", "llama_cpp", "pyarrow"]])
 def test_info_needs_no_extra(missing):
     block = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); "
     code = block + "from recycle_ext.info.__main__ import main; sys.exit(main(['--no-bandwidth']))"

@@ -1,4 +1,4 @@
-"""What bench, eval, train and info share: the machine, the bandwidth, tables, plots, optional libraries."""
+"""The parts that bench, eval, train and info share: the machine, the bandwidth, tables, plots, optional libraries."""
 
 from __future__ import annotations
 
@@ -93,9 +93,7 @@ def test_cache_sizes_are_read_from_sysfs(tmp_path, monkeypatch):
     assert machine.cache_bytes() == {}
 
 
-@pytest.mark.parametrize(
-    ("text", "quota"), [("150000 100000\n", 1.5), ("max 100000\n", None), ("", None)]
-)
+@pytest.mark.parametrize(("text", "quota"), [("150000 100000\n", 1.5), ("max 100000\n", None), ("", None)])
 def test_cpu_quota_of_a_container_is_in_cores(tmp_path, monkeypatch, text, quota):
     monkeypatch.setattr(machine, "_CPU_QUOTA", tmp_path / "cpu.max")
     assert machine.cpu_quota() is None

@@ -23,7 +23,7 @@ from recycle_ext.measuring.machine import peak_memory_bytes
 path, dtype, copies = sys.argv[1:]
 open_checkpoint(path).tokenizer
 before = psutil.Process().memory_info().rss
-model = recycle_ext.load(path, dtype=dtype if dtype != "own" else None)
+model = recycle_ext.load(path, dtype=dtype if dtype != "native" else None)
 second_copies = [model.packed.weights.clone() for _ in range(int(copies))]
 generation = recycle_ext.generate(model, "Once upon a time,", max_new_tokens=64)
 "".join(generation)
@@ -39,22 +39,19 @@ def used_and_needed(model: Path, dtype: str, copies: int = 0) -> tuple[int, int]
     copies: of the packed weights, made on purpose.
     """
     done = subprocess.run(
-        [sys.executable, "-c", CODE, model, dtype, str(copies)],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", CODE, model, dtype, str(copies)], capture_output=True, text=True, check=True
     )
     used, needed = json.loads(done.stdout)
     return used, needed
 
 
-@pytest.mark.parametrize("dtype", ["own", "q8", "bf16", "f32"])
+@pytest.mark.parametrize("dtype", ["native", "q8", "bf16", "f32"])
 def test_peak_memory_is_under_1_3_times_weights_and_caches(default_model, dtype):
     used, needed = used_and_needed(default_model, dtype)
     assert needed < used < MAX_RATIO * needed, f"{used / 1e6:.0f} MB for {needed / 1e6:.0f} MB"
 
 
-@pytest.mark.parametrize("dtype", ["own", "bf16"])
+@pytest.mark.parametrize("dtype", ["native", "bf16"])
 def test_second_copy_of_the_weights_exceeds_the_bound(default_model, dtype):
     used, needed = used_and_needed(default_model, dtype, copies=1)
     assert used > MAX_RATIO * needed, f"{used / 1e6:.0f} MB for {needed / 1e6:.0f} MB"

@@ -40,8 +40,7 @@ def test_any_number_of_threads_gives_the_same_tokens(packed):
 def cpu_nanoseconds() -> dict[int, int]:
     """CPU time of each thread of this process, by thread id."""
     return {
-        int(task.name): int((task / "schedstat").read_text().split()[0])
-        for task in Path("/proc/self/task").iterdir()
+        int(task.name): int((task / "schedstat").read_text().split()[0]) for task in Path("/proc/self/task").iterdir()
     }
 
 

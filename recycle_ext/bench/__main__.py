@@ -42,13 +42,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def _add_runner_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        help=".gguf file, Hugging Face directory or hub id (default: SmolLM2-135M-Instruct)",
-    )
-    parser.add_argument(
-        "--module", help="directory of a module, or none (default: the one shipped for the model)"
-    )
+    parser.add_argument("--model", help=".gguf file, Hugging Face directory or hub id (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--module", help="directory of a module, or none (default: the one shipped for the model)")
     parser.add_argument(
         "--dtypes",
         default="bf16,q8,q4",
@@ -66,9 +61,7 @@ def _add_runner_options(parser: argparse.ArgumentParser) -> None:
         help="keys and values of recycle_ext (default: f32 for a float32 model, else bf16)",
     )
     parser.add_argument(
-        "--modes",
-        metavar="LIST",
-        help=f"of {', '.join(MODES)} (default: all; only standard without a module)",
+        "--modes", metavar="LIST", help=f"of {', '.join(MODES)} (default: all; only standard without a module)"
     )
     parser.add_argument(
         "--drafts",
@@ -77,15 +70,9 @@ def _add_runner_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="draft tokens per step (default: 1), or auto: in verify mode 0 to 4, chosen by measured speed",
     )
-    parser.add_argument(
-        "--threads", metavar="LIST", help="of the kernels (default: the cores this process may use)"
-    )
-    parser.add_argument(
-        "--batch", default="1", metavar="LIST", help="sequences decoded together (default: 1)"
-    )
-    parser.add_argument(
-        "--peers", default="", metavar="LIST", help=f"other engines: {', '.join(PEERS)}"
-    )
+    parser.add_argument("--threads", metavar="LIST", help="of the kernels (default: the cores this process may use)")
+    parser.add_argument("--batch", default="1", metavar="LIST", help="sequences decoded together (default: 1)")
+    parser.add_argument("--peers", default="", metavar="LIST", help=f"other engines: {', '.join(PEERS)}")
 
 
 def _add_measurement_options(parser: argparse.ArgumentParser) -> None:
@@ -104,13 +91,9 @@ def _add_measurement_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="length of the prompt whose prefill is timed (default: 512)",
     )
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="medians are shown (default: 5)")
     parser.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="medians are shown (default: 5)"
-    )
-    parser.add_argument(
-        "--phases",
-        action="store_true",
-        help="also measure where the time of recycle_ext's decode steps goes",
+        "--phases", action="store_true", help="also measure where the time of recycle_ext's decode steps goes"
     )
 
 
@@ -118,14 +101,10 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write all figures, every repeat too")
     parser.add_argument("--plot", metavar="FILE.png", help="draw a bar chart (needs matplotlib)")
     parser.add_argument(
-        "--device",
-        default="cpu",
-        help="cpu (default), or cuda (needs --report): models of known shapes on a GPU",
+        "--device", default="cpu", help="cpu (default), or cuda (needs --report): models of known shapes on a GPU"
     )
     parser.add_argument(
-        "--report",
-        metavar="DIR",
-        help="with --device cuda: tests, compute-sanitizer and figures, written to DIR",
+        "--report", metavar="DIR", help="with --device cuda: tests, compute-sanitizer and figures, written to DIR"
     )
 
 
@@ -136,9 +115,7 @@ def check_request(options: argparse.Namespace) -> Request:
             flag = "--" + name.replace("_", "-")
             raise RecycleError(f"{flag} is {value}; it must be at least 1")
     if options.drafts != AUTO and not 1 <= options.drafts <= _C.MAX_DRAFTS:
-        raise RecycleError(
-            f"--drafts is {options.drafts}; it must be 1 to {_C.MAX_DRAFTS}, or {AUTO}"
-        )
+        raise RecycleError(f"--drafts is {options.drafts}; it must be 1 to {_C.MAX_DRAFTS}, or {AUTO}")
     require("tabulate", "python -m recycle_ext.bench")
     modes = list(MODES) if options.modes is None else names("--modes", options.modes, list(MODES))
     dtypes = names("--dtypes", options.dtypes, _DTYPES)
@@ -186,9 +163,7 @@ def run(options: argparse.Namespace) -> int:
         require("tabulate", "--report")
         return gpu_report.run(options.device, options.report)
     if options.device != "cpu":
-        raise RecycleError(
-            f"--device {options.device} needs --report DIR, the folder for the figures"
-        )
+        raise RecycleError(f"--device {options.device} needs --report DIR, the folder for the figures")
     request = check_request(options)
     checkpoint = open_checkpoint(options.model)
     module = module_path(options.module, checkpoint)

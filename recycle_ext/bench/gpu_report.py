@@ -129,9 +129,7 @@ def run_tests(out: Path) -> str:
 
 def run_sanitizer(out: Path) -> str:
     """Runs the small tests under memcheck and racecheck; returns as run_tests() does."""
-    tool = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin"
-    )
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return "not run: compute-sanitizer was not found"
     if not Path("python_tests").is_dir():
@@ -147,18 +145,11 @@ def run_sanitizer(out: Path) -> str:
     return ", ".join(f"{kind} {status}" for kind, status in statuses.items())
 
 
-def _logged(
-    command: list[str], log: Path, seconds: int = 240, environment: dict | None = None
-) -> str:
+def _logged(command: list[str], log: Path, seconds: int = 240, environment: dict | None = None) -> str:
     with open(log, "w") as file:
         try:
             done = subprocess.run(
-                command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-                check=False,
-                env=environment,
+                command, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False, env=environment
             )
         except subprocess.TimeoutExpired:
             return f"failed: more than {seconds} s"
@@ -244,11 +235,7 @@ def peers(shape: ShapeOf, step_bytes: int, device: torch.device) -> list[GpuRunn
             # A failure of another engine costs its row, not the report.
             print(f"{shape.name}: {system} is left out: {error}", file=sys.stderr)
             return
-        found.append(
-            GpuRunner(
-                shape.name, system, "standard", "bf16", start, 1.0, step_bytes, step_bytes, []
-            )
-        )
+        found.append(GpuRunner(shape.name, system, "standard", "bf16", start, 1.0, step_bytes, step_bytes, []))
 
     add("PyTorch eager", lambda: _plain(shape, device))
     add("torch.compile", lambda: _compiled(shape, device))
@@ -343,9 +330,7 @@ def figures(runner: GpuRunner, bandwidth: float) -> dict:
         "gigabytes_per_second": rate / 1e9,
         "read_bandwidth_gigabytes_per_second": bandwidth / 1e9,
         "roofline_fraction": rate / bandwidth,
-        "speedup_limit": 2 * runner.standard_step_bytes / runner.step_bytes
-        if tokens == 2
-        else None,
+        "speedup_limit": 2 * runner.standard_step_bytes / runner.step_bytes if tokens == 2 else None,
         "prefill_tokens_per_second": runner.prefill_tokens_per_second,
         "repeats": [s * 1e6 for s in runner.seconds],
     }

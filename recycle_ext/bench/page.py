@@ -59,10 +59,7 @@ def page(folder: Path) -> str:
 def _section(name: str, report: dict) -> str:
     """One run: machine and settings, a table for each number of threads and sequences, and the losses."""
     settings, results = report["settings"], report["results"]
-    parts = [
-        f"## {settings['model_name']}: {name}",
-        conditions(report),
-    ]
+    parts = [f"## {settings['model_name']}: {name}", conditions(report)]
     groups = dict.fromkeys((result["threads"], result["batch"]) for result in results)
     for threads, batch in groups:
         group = [r for r in results if (r["threads"], r["batch"]) == (threads, batch)]
@@ -84,9 +81,7 @@ def _section(name: str, report: dict) -> str:
 def _gpu_section(report: dict) -> str:
     """One run on a GPU: the heading and the table of its report."""
     gpu = report["machine"]["gpu"]
-    return "\n\n".join(
-        [f"## {gpu}", gpu_report.heading(report), gpu_report.table(report["results"])]
-    )
+    return "\n\n".join([f"## {gpu}", gpu_report.heading(report), gpu_report.table(report["results"])])
 
 
 def conditions(report: dict) -> str:

@@ -20,12 +20,7 @@ _CACHE_VALUE_BYTES = 2  # of the peers' caches
 
 def open_system(job: Job) -> System:
     """Loads the job's model into the job's system."""
-    systems = {
-        OURS: Ours,
-        "transformers": Transformers,
-        "torch.compile": TorchCompile,
-        "llama.cpp": LlamaCpp,
-    }
+    systems = {OURS: Ours, "transformers": Transformers, "torch.compile": TorchCompile, "llama.cpp": LlamaCpp}
     return systems[job.runner.system](job)
 
 
@@ -59,17 +54,13 @@ class Transformers(_Peer):
         path = Path(job.model)
         is_file = path.is_file()
         self._model = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent if is_file else path,
-            gguf_file=path.name if is_file else None,
-            dtype=torch.bfloat16,
+            path.parent if is_file else path, gguf_file=path.name if is_file else None, dtype=torch.bfloat16
         ).eval()
         # Without an end token, generate neither stops early nor spends time on masking one.
         self._model.generation_config.eos_token_id = None
         embedding = self._model.get_input_embeddings().weight
         tied = self._model.get_output_embeddings().weight is embedding
-        matrices = [
-            p for p in self._model.parameters() if p.ndim == 2 and (tied or p is not embedding)
-        ]
+        matrices = [p for p in self._model.parameters() if p.ndim == 2 and (tied or p is not embedding)]
         step_bytes = sum(p.numel() * p.element_size() for p in matrices)
         super().__init__(job, step_bytes, "bf16")
 
@@ -93,13 +84,7 @@ class Transformers(_Peer):
             ids[row, longest - len(sequence) :] = torch.tensor(sequence)
             mask[row, longest - len(sequence) :] = 1
         clock = _Clock()
-        self._model.generate(
-            ids,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            streamer=clock,
-        )
+        self._model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, streamer=clock)
         return clock.stamps[1:]  # the first is the prompt
 
 

@@ -55,10 +55,7 @@ def _module(
     base: ModelConfig, layers: int, inner: int, heads: int, kv_heads: int, draft_vocab: int = 0
 ) -> ModuleConfig:
     return dataclasses.replace(
-        ModuleConfig.like(base, layers, draft_vocab),
-        intermediate_size=inner,
-        n_heads=heads,
-        n_kv_heads=kv_heads,
+        ModuleConfig.like(base, layers, draft_vocab), intermediate_size=inner, n_heads=heads, n_kv_heads=kv_heads
     )
 
 
@@ -82,14 +79,10 @@ def _shapes() -> list[ShapeOf]:
 SHAPES = _shapes()
 
 
-def random_model(
-    base: ModelConfig, module: ModuleConfig | None, dtype: str, device: torch.device
-) -> PackedModel:
+def random_model(base: ModelConfig, module: ModuleConfig | None, dtype: str, device: torch.device) -> PackedModel:
     """A packed model with random matrices; the norms' weights are 1."""
     description = describe(
-        _sources(base, base_shapes(base)),
-        None if module is None else _sources(module, module_shapes(module)),
-        dtype,
+        _sources(base, base_shapes(base)), None if module is None else _sources(module, module_shapes(module)), dtype
     )
     weights = torch.zeros(description.weights_bytes, dtype=torch.uint8, device=device)
     packed = description.packed_model(weights)
@@ -113,19 +106,13 @@ def random_model(
 def _sources(config: ModelConfig | ModuleConfig, shapes: Shapes) -> SimpleNamespace:
     """The attributes of a checkpoint that ``describe`` reads, without a file."""
     nowhere = Path("random weights")
-    tensors = {
-        name: TensorSource(name, shape, "bf16", nowhere, 0, 0) for name, shape in shapes.items()
-    }
+    tensors = {name: TensorSource(name, shape, "bf16", nowhere, 0, 0) for name, shape in shapes.items()}
     if "draft_vocab" in tensors:  # the only tensor whose values ``describe`` reads
         tensors["draft_vocab"] = SimpleNamespace(raw_rows=torch.arange)
     return SimpleNamespace(config=config, tensors=tensors, path=str(nowhere))
 
 
-def _fill(
-    stack: Stack,
-    config: ModelConfig | ModuleConfig,
-    samples: dict[tuple[str, int], Tensor],
-) -> None:
+def _fill(stack: Stack, config: ModelConfig | ModuleConfig, samples: dict[tuple[str, int], Tensor]) -> None:
     stack.inv_freq.copy_(config.inv_freq())
     for layer in stack.layers:
         for value in vars(layer).values():

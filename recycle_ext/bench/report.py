@@ -87,9 +87,7 @@ def summary(record: RunnerRecord) -> dict:
     # Of the first repeat: the later ones have seen the probe's buffer, which is as large as the model.
     result["peak_memory_bytes"] = record.measurements[0]["peak_memory_bytes"]
     result |= record.facts
-    result["repeats"] = [
-        {name: measurement[name] for name in _MEDIANS} for measurement in record.measurements
-    ]
+    result["repeats"] = [{name: measurement[name] for name in _MEDIANS} for measurement in record.measurements]
     if record.phases is not None:
         result["phases"] = record.phases
     return result
@@ -123,11 +121,7 @@ def heading(report: dict) -> str:
         f"{here['date']}\n"
         f"{settings['model_name']}: {settings['new_tokens']} tokens after {settings['context']}, "
         f"a prompt of {settings['prompt_tokens']}, medians of {repeats}"
-        + (
-            f"; cache of recycle_ext in {settings['cache_dtype']}"
-            if settings["cache_dtype"]
-            else ""
-        )
+        + (f"; cache of recycle_ext in {settings['cache_dtype']}" if settings["cache_dtype"] else "")
     )
 
 
@@ -172,8 +166,7 @@ def phase_tables(report: dict) -> str:
             for phase in result["phases"]
         ]
         title = (
-            f"Phases of {mode_label(result)} {result['dtype']}, "
-            f"threads {result['threads']}, batch {result['batch']}:"
+            f"Phases of {mode_label(result)} {result['dtype']}, threads {result['threads']}, batch {result['batch']}:"
         )
         names = ["part", "phase", "times a step", "work us", "wait us", "of the step"]
         tables.append(f"{title}\n\n{markdown_table(names, rows, left=2)}")

@@ -16,12 +16,7 @@ if TYPE_CHECKING:
 
 # The GGUF types of the layers' matrices, and of embedding and head, as weights/pack.py packs them. F16 stands for bf16:
 # F16 is llama.cpp's usual type of 16 bits.
-_TYPES = {
-    "f32": ("F32", "F32"),
-    "bf16": ("F16", "F16"),
-    "q8": ("Q8_0", "Q8_0"),
-    "q4": ("Q4_0", "Q8_0"),
-}
+_TYPES = {"f32": ("F32", "F32"), "bf16": ("F16", "F16"), "q8": ("Q8_0", "Q8_0"), "q4": ("Q4_0", "Q8_0")}
 
 
 def matrix_bytes(header: GgufHeader) -> tuple[int, str]:
@@ -31,9 +26,7 @@ def matrix_bytes(header: GgufHeader) -> tuple[int, str]:
     sizes: Counter[str] = Counter()
     for name, tensor in header.tensors.items():
         # A step reads one row of an embedding that has an output matrix beside it.
-        if len(tensor.shape) == 2 and not (
-            name == "token_embd.weight" and "output.weight" in header.tensors
-        ):
+        if len(tensor.shape) == 2 and not (name == "token_embd.weight" and "output.weight" in header.tensors):
             kind = GGMLQuantizationType(tensor.ggml_type)
             block, block_bytes = GGML_QUANT_SIZES[kind]
             sizes[kind.name.lower()] += tensor.shape[0] * tensor.shape[1] // block * block_bytes
@@ -51,9 +44,7 @@ def _layer_type(header: GgufHeader) -> str:
     return GGMLQuantizationType(weights.most_common(1)[0][0]).name
 
 
-def requantized_file(
-    source: Path, dtype: str, scratch: Path, note: Callable[[str], None]
-) -> str | None:
+def requantized_file(source: Path, dtype: str, scratch: Path, note: Callable[[str], None]) -> str | None:
     """Path of a GGUF file with the weights of ``source`` in ``dtype``: ``source`` itself, or a new file in ``scratch``.
 
     dtype: of _TYPES, or "native". None, and a line to ``note``, if the file cannot be written.

@@ -128,11 +128,7 @@ def growth(new_tokens: int, batch: int, num_draft_tokens: int) -> int:
 
 
 def jobs(
-    request: Request,
-    checkpoint: Checkpoint,
-    module: Path | None,
-    scratch: Path,
-    note: Callable[[str], None],
+    request: Request, checkpoint: Checkpoint, module: Path | None, scratch: Path, note: Callable[[str], None]
 ) -> list[Job]:
     """A job for each runner that can run here; ``note`` gets a line for each that cannot, with the reason.
 
@@ -162,9 +158,7 @@ def jobs(
         )
 
     found = []
-    for batch, threads, dtype in itertools.product(
-        request.batches, request.threads, request.dtypes
-    ):
+    for batch, threads, dtype in itertools.product(request.batches, request.threads, request.dtypes):
         for mode in request.modes:
             drafts = drafts_of(mode, request.drafts)
             runner = Runner(OURS, mode, dtype, threads, batch, drafts)
@@ -186,8 +180,7 @@ def check_context(request: Request, config: ModelConfig) -> None:
     limit = config.max_position_embeddings
     if request.prompt_tokens >= limit:
         raise RecycleError(
-            f"--prompt-tokens is {request.prompt_tokens}; this model's context is {limit}, "
-            "new tokens included"
+            f"--prompt-tokens is {request.prompt_tokens}; this model's context is {limit}, new tokens included"
         )
     drafts = max(max_draft_tokens(drafts_of(mode, request.drafts)) for mode in request.modes)
     for batch in request.batches:
@@ -199,9 +192,7 @@ def check_context(request: Request, config: ModelConfig) -> None:
             )
 
 
-def _can_run(
-    peer: str, request: Request, checkpoint: Checkpoint, note: Callable[[str], None]
-) -> bool:
+def _can_run(peer: str, request: Request, checkpoint: Checkpoint, note: Callable[[str], None]) -> bool:
     """Whether any row of the peer can be measured; ``note`` gets a line for each reason against a row."""
     package, pip_name = PEERS[peer]
     if not is_installed(package):

@@ -1,4 +1,4 @@
-"""A system under measurement: it loads a model once, then prefills and decodes under a clock. And recycle_ext's own."""
+"""Systems under measurement load a model once, then prefill and decode under a clock. ``Ours`` is recycle_ext."""
 
 from __future__ import annotations
 
@@ -97,9 +97,7 @@ class Ours:
         """A decoder with the job's sequences in its caches."""
         sequences, num_draft_tokens = self._job.sequences, self._job.runner.max_draft_tokens
         longest = max(map(len, sequences))
-        decoder = self._decoder(
-            len(sequences), longest + growth(new_tokens, len(sequences), num_draft_tokens)
-        )
+        decoder = self._decoder(len(sequences), longest + growth(new_tokens, len(sequences), num_draft_tokens))
         for index, ids in enumerate(sequences):
             decoder.prefill(ids, index)
         return decoder

@@ -18,13 +18,7 @@ from recycle_ext.errors import RecycleError
 from recycle_ext.eval import cloze, intervals, likelihood
 from recycle_ext.eval import prompts as prompt_files
 from recycle_ext.eval.decoding import setups
-from recycle_ext.eval.measure import (
-    add_likelihoods,
-    encode_cloze,
-    encode_prompts,
-    run_cloze,
-    run_prompts,
-)
+from recycle_ext.eval.measure import add_likelihoods, encode_cloze, encode_prompts, run_cloze, run_prompts
 from recycle_ext.eval.plot import plot
 from recycle_ext.eval.prompts import Prompt, categories, first_of_each, read_prompts
 from recycle_ext.eval.report import heading, summaries, tables
@@ -49,15 +43,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         type=Path,
         help='one prompt per line; or .jsonl, lines of {"prompt": text, "category": text, "chat": true}',
     )
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="your prompts are messages: use the model's chat template",
-    )
+    parser.add_argument("--chat", action="store_true", help="your prompts are messages: use the model's chat template")
     parser.add_argument("--only", metavar="LIST", help="categories to run (default: all)")
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="prompts per category (default: all)"
-    )
+    parser.add_argument("--limit", type=int, metavar="N", help="prompts per category (default: all)")
     add_model_options(parser)
     parser.add_argument(
         "--drafts",
@@ -98,9 +86,7 @@ def _add_measurement_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="only write such a file, made of the paragraphs of a text",
     )
-    parser.add_argument(
-        "--json", metavar="FILE", help="write all figures, also those of each prompt"
-    )
+    parser.add_argument("--json", metavar="FILE", help="write all figures, also those of each prompt")
     parser.add_argument("--plot", metavar="FILE.png", help="draw bar charts (needs matplotlib)")
 
 
@@ -161,10 +147,7 @@ def run(options: argparse.Namespace) -> int:
     asked = None if items is None else encode_cloze(model, items)
     requests = sum(prompt.chat for prompt in prompts)
     if requests and model.tokenizer.chat_template is None:
-        print(
-            f"this model has no chat template: {requests} requests run as plain text",
-            file=sys.stderr,
-        )
+        print(f"this model has no chat template: {requests} requests run as plain text", file=sys.stderr)
 
     modes = setups(drafts)
     rows = run_prompts(model, prompts, encoded, modes, limit, cache_dtype)
@@ -192,9 +175,7 @@ def run(options: argparse.Namespace) -> int:
     return report_differences(rows)
 
 
-def settings(
-    options: argparse.Namespace, drafts: list[int], checkpoint: Checkpoint, model: Model
-) -> dict:
+def settings(options: argparse.Namespace, drafts: list[int], checkpoint: Checkpoint, model: Model) -> dict:
     """The settings that the figures depend on, besides the machine and the prompts."""
     return {
         "model": Path(checkpoint.path).name,
@@ -231,10 +212,7 @@ def show(report: dict, options: argparse.Namespace) -> None:
 def report_differences(rows: Sequence[dict]) -> int:
     """The exit status: 1, with a message, if a text of verify differs from standard's."""
     wrong = [
-        (name, row["prompt"])
-        for row in rows
-        for name, run in row["runs"].items()
-        if not run.get("identical", True)
+        (name, row["prompt"]) for row in rows for name, run in row["runs"].items() if not run.get("identical", True)
     ]
     if wrong:
         name, prompt = wrong[0]

@@ -22,9 +22,7 @@ from recycle_ext.text.tokenizer import Tokenizer
 SHIPPED = Path(__file__).parent / "cloze.jsonl"
 CONTEXT_WORDS = 40
 NEXT_WORDS = 2
-MAX_ITEMS = (
-    640  # of a file that --make-cloze writes: a minute or two for a small model on two cores
-)
+MAX_ITEMS = 640  # of a file that --make-cloze writes: a minute or two for a small model on two cores
 _SENTENCE_END = re.compile(r"[.?!]\W*$")
 
 
@@ -95,9 +93,7 @@ def write_cloze(text_file: Path, file: Path) -> int:
     """
     items = make_cloze(read_text(text_file))
     if not items:
-        raise RecycleError(
-            f"{text_file}: gives no items; it needs paragraphs of more than {CONTEXT_WORDS} words"
-        )
+        raise RecycleError(f"{text_file}: gives no items; it needs paragraphs of more than {CONTEXT_WORDS} words")
     lines = [{"source": text_file.name}]
     lines += [{"context": context, "continuation": following} for context, following in items]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -121,9 +117,7 @@ def encode(cloze: Cloze, tokenizer: Tokenizer) -> list[tuple[list[int], list[int
     return found
 
 
-def right_tokens(
-    decoder: Decoder, items: Sequence[tuple[list[int], list[int]]]
-) -> Iterator[list[bool]]:
+def right_tokens(decoder: Decoder, items: Sequence[tuple[list[int], list[int]]]) -> Iterator[list[bool]]:
     """For each item, which tokens of the continuation equal the greedily decoded ones at the same positions."""
     for context, continuation in items:
         written = decode(decoder, context, len(continuation), ()).token_ids

@@ -57,9 +57,7 @@ class Run:
             self.accepted[position] += position < record.accepted
 
 
-def decode(
-    decoder: Decoder, prompt: Sequence[int], max_new_tokens: int, end_tokens: Collection[int]
-) -> Run:
+def decode(decoder: Decoder, prompt: Sequence[int], max_new_tokens: int, end_tokens: Collection[int]) -> Run:
     """Continues a prompt (token ids) until an end token, or until there are ``max_new_tokens``.
 
     decoder: of one sequence, greedy, with room for both; its earlier text is dropped. Raises RecycleError if a logit is
@@ -69,9 +67,7 @@ def decode(
     try:
         records = decoder.decode(prompt, max_new_tokens, end_tokens)
         first = next(records)
-        run = Run(
-            list(first.tokens), offered=[0] * num_draft_tokens, accepted=[0] * num_draft_tokens
-        )
+        run = Run(list(first.tokens), offered=[0] * num_draft_tokens, accepted=[0] * num_draft_tokens)
         for record in records:
             run.add(record)
     except RuntimeError as error:

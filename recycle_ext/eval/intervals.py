@@ -15,9 +15,7 @@ _BATCH = 1000  # resamples in memory at once
 Statistic = Callable[..., np.ndarray]
 
 
-def interval(
-    *columns: np.ndarray, statistic: Statistic = lambda *means: means[0]
-) -> tuple[float, float] | None:
+def interval(*columns: np.ndarray, statistic: Statistic = lambda *means: means[0]) -> tuple[float, float] | None:
     """The percentile interval (Efron and Tibshirani 1993, chapter 13) of a statistic of the columns' means.
 
     columns: [examples] float each; the values of one example stand at one index in all columns, and resampling keeps them
@@ -28,7 +26,7 @@ def interval(
     data = tuple(np.asarray(column, dtype=np.float64) for column in columns)
     if len(data[0]) < 2:
         return None
-    from scipy import stats  # takes most of a second to import, so only where an interval is needed
+    from scipy import stats  # the import takes most of a second
 
     def of_resamples(*samples: np.ndarray, axis: int) -> np.ndarray:
         return statistic(*(sample.mean(axis) for sample in samples))

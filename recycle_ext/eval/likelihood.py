@@ -25,9 +25,7 @@ def load_base(checkpoint: Checkpoint, dtype: str, device: torch.device) -> BaseM
 
 
 @torch.no_grad()
-def read(
-    base: BaseModel, texts: Sequence[tuple[Sequence[int], Sequence[int]]]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def read(base: BaseModel, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[tuple[Tensor, Tensor]]:
     """Scores texts, given as (prompt, continuation) token ids. Yields for each, in order,
 
     log_likelihoods [n] float32: ln p(token | prompt, tokens before) of the continuation in nats, temperature 1, and

@@ -70,8 +70,8 @@ def run_prompts(
     for decoder in decoders.values():  # a warm-up: touches the memory and starts the threads
         decode(decoder, encoded[0], min(_WARM_UP_TOKENS, max_new_tokens), ends)
     rows = []
-    turns = list(zip(prompts, encoded, rounds(setups, len(prompts)), strict=True))
-    for prompt, ids, order in tqdm(turns, unit=" prompts", leave=False):
+    interleaved = list(zip(prompts, encoded, rounds(setups, len(prompts)), strict=True))
+    for prompt, ids, order in tqdm(interleaved, unit=" prompts", leave=False):
         runs = {setup: decode(decoders[setup], ids, max_new_tokens, ends) for setup in order}
         standard = runs[setups[0]].token_ids
         row = {
@@ -95,10 +95,7 @@ def run_prompts(
 
 
 def add_likelihoods(
-    base: BaseModel,
-    rows: Sequence[dict],
-    encoded: Sequence[list[int]],
-    setups: Sequence[Setup],
+    base: BaseModel, rows: Sequence[dict], encoded: Sequence[list[int]], setups: Sequence[Setup]
 ) -> None:
     """Adds to the runs of standard and alternate mode in ``rows`` the scores of their texts under the base model.
 
@@ -132,17 +129,12 @@ def encode_cloze(model: Model, items: cloze.Cloze) -> list[tuple[list[int], list
         raise RecycleError(f"{items.source}: this tokenizer makes two tokens of no continuation")
     longest = max(len(context) + len(following) for context, following in asked)
     if longest > (limit := model.packed.config.max_position_embeddings):
-        raise RecycleError(
-            f"{items.source}: an item has {longest} tokens; this model's context is {limit}"
-        )
+        raise RecycleError(f"{items.source}: an item has {longest} tokens; this model's context is {limit}")
     return asked
 
 
 def run_cloze(
-    model: Model,
-    asked: Sequence[tuple[list[int], list[int]]],
-    setups: Sequence[Setup],
-    cache_dtype: str | None = None,
+    model: Model, asked: Sequence[tuple[list[int], list[int]]], setups: Sequence[Setup], cache_dtype: str | None = None
 ) -> dict[str, list[dict]]:
     """The accuracies of standard and alternate mode, by alternate's number of draft tokens."""
     capacity = max(len(context) + len(following) for context, following in asked)

@@ -24,10 +24,7 @@ def draw(report: dict, title: str) -> Figure:
     chosen = [summary for summary in report["summaries"] if summary["drafts"] == k]
     categories = [summary["category"] for summary in chosen]
     figure, (left, right) = new_figure(2, max(8.0, 1.4 * len(chosen)), 4.2)
-    shares = {
-        f"draft token {j + 1}": [_percent(s["acceptance_by_position"][j]) for s in chosen]
-        for j in range(k)
-    }
+    shares = {f"draft token {j + 1}": [_percent(s["acceptance_by_position"][j]) for s in chosen] for j in range(k)}
     grouped_bars(left, categories, shares, _POSITION_COLORS, "%.0f")
     left.set_ylabel("acceptance, %" + (" of those offered" if k > 1 else ""))
     speeds = {mode: [summary[f"{mode}_speedup"] for summary in chosen] for mode in _MODES}

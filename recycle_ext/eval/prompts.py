@@ -73,7 +73,5 @@ def categories(prompts: Sequence[Prompt]) -> list[str]:
 def first_of_each(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     """The first ``count`` prompts of each category."""
     return [
-        prompt
-        for category in categories(prompts)
-        for prompt in [p for p in prompts if p.category == category][:count]
+        prompt for category in categories(prompts) for prompt in [p for p in prompts if p.category == category][:count]
     ]

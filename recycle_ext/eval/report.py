@@ -21,9 +21,7 @@ def summaries(rows: Sequence[dict], drafts: Sequence[int]) -> list[dict]:
     groups = {name: [row for row in rows if row["category"] == name] for name in names}
     groups[ALL] = list(rows)
     return [
-        {"category": name, "drafts": k, "prompts": len(group)}
-        | speed_figures(group, k)
-        | quality_figures(group, k)
+        {"category": name, "drafts": k, "prompts": len(group)} | speed_figures(group, k) | quality_figures(group, k)
         for k in drafts
         for name, group in groups.items()
     ]
@@ -36,12 +34,9 @@ def speed_figures(rows: Sequence[dict], k: int) -> dict:
     mean_accepted_length: tokens per pass over the base model in verify mode, 1 to k + 1.
     """
     standard, verify, alternate = (
-        [row["runs"][name] for row in rows]
-        for name in ("standard", f"verify-{k}", f"alternate-{k}")
+        [row["runs"][name] for row in rows] for name in ("standard", f"verify-{k}", f"alternate-{k}")
     )
-    counts = [
-        np.array([[run["accepted"][j], run["offered"][j]] for run in verify]) for j in range(k)
-    ]
+    counts = [np.array([[run["accepted"][j], run["offered"][j]] for run in verify]) for j in range(k)]
     rates = [
         sum(run["step_tokens"] for run in runs) / seconds
         if (seconds := sum(run["decode_seconds"] for run in runs))
@@ -51,12 +46,8 @@ def speed_figures(rows: Sequence[dict], k: int) -> dict:
     return {
         "identical": sum(run["identical"] for run in verify),
         "acceptance_by_position": [_share(*column.sum(0).tolist()) for column in counts],
-        "acceptance_by_position_interval": [
-            interval(*column.T, statistic=ratio) for column in counts
-        ],
-        "mean_accepted_length": _share(
-            sum(run["step_tokens"] for run in verify), sum(run["steps"] for run in verify)
-        ),
+        "acceptance_by_position_interval": [interval(*column.T, statistic=ratio) for column in counts],
+        "mean_accepted_length": _share(sum(run["step_tokens"] for run in verify), sum(run["steps"] for run in verify)),
         "standard_tokens_per_second": rates[0],
         "verify_tokens_per_second": rates[1],
         "alternate_tokens_per_second": rates[2],
@@ -81,15 +72,11 @@ def quality_figures(rows: Sequence[dict], k: int) -> dict:
         return figures
     for name in ("draft", "base"):
         figures[f"{name}_agreement"] = _share(
-            sum(run[f"{name}_tokens_agreeing"] for run in alternate),
-            sum(run[f"{name}_tokens"] for run in alternate),
+            sum(run[f"{name}_tokens_agreeing"] for run in alternate), sum(run[f"{name}_tokens"] for run in alternate)
         )
     pairs = np.array(
         [
-            [
-                row["runs"][name]["log_likelihood_nats_per_token"]
-                for name in ("standard", f"alternate-{k}")
-            ]
+            [row["runs"][name]["log_likelihood_nats_per_token"] for name in ("standard", f"alternate-{k}")]
             for row in rows
         ],
         dtype=np.float64,
@@ -110,9 +97,7 @@ def quality_figures(rows: Sequence[dict], k: int) -> dict:
     }
 
 
-def cloze_figures(
-    standard: Sequence[Sequence[bool]], alternate: Sequence[Sequence[bool]]
-) -> list[dict]:
+def cloze_figures(standard: Sequence[Sequence[bool]], alternate: Sequence[Sequence[bool]]) -> list[dict]:
     """Accuracy of both modes, and alternate's loss. standard, alternate: for each item, which tokens were right.
 
     Three measures: the first token, which is the base model's in both modes; the second token, a draft token in alternate
@@ -186,11 +171,7 @@ def _tables_of(report: dict, k: int) -> str:
 
 def _under_which_base(report: dict) -> str:
     dtype = report["settings"]["reference_dtype"]
-    return (
-        ""
-        if dtype is None
-        else f"; log-likelihoods under the base model in {dtype}, nats per token"
-    )
+    return "" if dtype is None else f"; log-likelihoods under the base model in {dtype}, nats per token"
 
 
 def _speed_table(chosen: Sequence[dict], k: int) -> str:
@@ -204,10 +185,7 @@ def _speed_table(chosen: Sequence[dict], k: int) -> str:
         + [_interval(s["acceptance_by_position_interval"][0], _percent)]
         + [_percent(share) for share in s["acceptance_by_position"][1:]]
         + [_number(s["mean_accepted_length"], ".2f")]
-        + [
-            _number(s[f"{mode}_tokens_per_second"], ".0f")
-            for mode in ("standard", "verify", "alternate")
-        ]
+        + [_number(s[f"{mode}_tokens_per_second"], ".0f") for mode in ("standard", "verify", "alternate")]
         + [_number(s[f"{mode}_speedup"], ".2f") for mode in ("verify", "alternate")]
         for s in chosen
     ]
@@ -218,14 +196,7 @@ def _quality_table(chosen: Sequence[dict]) -> str:
     names = ["", "tokens in common"]
     rows = [[s["category"], f"{s['common_tokens_median']:.0f}"] for s in chosen]
     if "draft_agreement" in chosen[-1]:
-        names += [
-            "draft tokens agree",
-            "base tokens agree",
-            "standard",
-            "alternate",
-            "difference",
-            "95%",
-        ]
+        names += ["draft tokens agree", "base tokens agree", "standard", "alternate", "difference", "95%"]
         names += ["perplexity ratio", "95%"]
         for row, s in zip(rows, chosen, strict=True):
             row += [_percent(s["draft_agreement"]), _percent(s["base_agreement"])]
@@ -235,23 +206,12 @@ def _quality_table(chosen: Sequence[dict]) -> str:
                 sign = "+" if name.endswith("difference") else ""
                 value = s.get(f"{name}_nats_per_token" if sign else name)
                 row.append(_number(value, f"{sign}.3f"))
-                row.append(
-                    _interval(s.get(f"{name}_interval"), lambda x, f=f"{sign}.3f": format(x, f))
-                )
+                row.append(_interval(s.get(f"{name}_interval"), lambda x, f=f"{sign}.3f": format(x, f)))
     return markdown_table(names, rows, left=1)
 
 
 def _cloze_table(measures: Sequence[dict]) -> str:
-    names = [
-        "",
-        "items",
-        "standard",
-        "alternate",
-        "difference, points",
-        "95%",
-        "relative drop",
-        "95%",
-    ]
+    names = ["", "items", "standard", "alternate", "difference, points", "95%", "relative drop", "95%"]
     rows = [
         [
             m["measure"],

@@ -1,6 +1,6 @@
-"""What a bug report needs: versions, build, processor, threads, memory, GPUs, the default model's place.
+"""The facts that a bug report needs: versions, build, processor, threads, memory, GPUs, the default model's place.
 
-`python -m recycle_ext.info` prints it, in the manner of `python -m torch.utils.collect_env`.
+`python -m recycle_ext.info` prints them, in the manner of `python -m torch.utils.collect_env`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,7 @@ from recycle_ext import _C
 from recycle_ext.checkpoint.default_model import GGUF_NAME, HUB_ID, cache_directory
 from recycle_ext.measuring.bandwidth import read_bandwidth
 from recycle_ext.measuring.extras import require
-from recycle_ext.measuring.machine import (
-    cache_bytes,
-    cpu_quota,
-    date,
-    gpu_driver,
-    plural,
-    processor,
-)
+from recycle_ext.measuring.machine import cache_bytes, cpu_quota, date, gpu_driver, plural, processor
 from recycle_ext.ops.registration import HAS_CUDA_OPS
 
 # The libraries that recycle_ext depends on, then those of its extras.
@@ -33,7 +26,7 @@ LIBRARIES = (
     *("filelock", "psutil", "py-cpuinfo"),
     *("transformers", "llama-cpp-python", "pyarrow", "scipy", "tabulate", "matplotlib"),
 )
-PROBE_BYTES = (32 << 20, 256 << 20)  # about a small model in 4 bits, and in 16
+PROBE_BYTES = (32 << 20, 256 << 20)  # the second is about a small model in 16 bits
 _PROBE_REPEATS = 3
 
 
@@ -78,7 +71,7 @@ def versions() -> dict[str, str]:
 
 
 def build() -> dict[str, str]:
-    """How the compiled part was built."""
+    """The build of the compiled part."""
     facts = _C.build_info()
     cuda_library = Path(_C.__file__).with_name("librecycle_cuda.so")
     return {
@@ -95,9 +88,7 @@ def processor_lines() -> dict[str, str]:
     cpu = processor()
     available, total = _C.available_cores(), os.cpu_count()
     threads = _C.n_threads()
-    reason = (
-        "one per core that this process may run on" if threads == available else "set by a call"
-    )
+    reason = "one per core that this process may run on" if threads == available else "set by a call"
     quota = cpu_quota()
     caches = ", ".join(f"{name} {_size(size)}" for name, size in cache_bytes().items())
     return {
@@ -121,9 +112,7 @@ def memory_lines(bandwidth: bool) -> dict[str, str]:
     if bandwidth:
         for size in PROBE_BYTES:
             rate = read_bandwidth(torch.device("cpu"), size, _PROBE_REPEATS)
-            lines[f"reading {_size(size)}"] = (
-                f"{rate / 1e9:.1f} GB/s with {plural(_C.n_threads(), 'thread')}"
-            )
+            lines[f"reading {_size(size)}"] = f"{rate / 1e9:.1f} GB/s with {plural(_C.n_threads(), 'thread')}"
     return lines
 
 
@@ -139,14 +128,13 @@ def gpu_lines() -> dict[str, str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         lines[f"cuda:{index}"] = (
-            f"{properties.name}, sm_{properties.major}{properties.minor}, "
-            f"{_size(properties.total_memory)}"
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {_size(properties.total_memory)}"
         )
     return lines
 
 
 def default_model_lines() -> dict[str, str]:
-    """Where the default model is kept, and whether it was fetched."""
+    """The default model's folder, and its file if the model was fetched."""
     folder = cache_directory()
     places = [folder / GGUF_NAME, folder / Path(HUB_ID).name]
     found = next((place for place in places if place.exists()), None)

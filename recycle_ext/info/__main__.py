@@ -15,7 +15,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line, described by --help."""
     parser = argparse.ArgumentParser(
         prog="python -m recycle_ext.info",
-        description="Prints what a bug report needs: versions, build, processor, threads, memory, GPUs.",
+        description="Prints the facts that a bug report needs: versions, build, processor, threads, memory, GPUs.",
     )
     parser.add_argument(
         "--bandwidth",

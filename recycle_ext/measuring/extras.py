@@ -1,4 +1,4 @@
-"""Optional libraries: a missing one is one line that names the `pip install`."""
+"""Optional libraries: the error for a missing library is one line with the `pip install` command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_installed(module: str) -> bool:
 
 
 def require(module: str, feature: str) -> None:
-    """Raises RecycleError unless ``module`` is installed. feature: what needs the module, for the message."""
+    """Raises RecycleError unless ``module`` is installed. feature: the part that needs the module, for the message."""
     if not is_installed(module):
         package = PACKAGES.get(module, module)
         raise RecycleError(f"{feature} needs {package}: `pip install {package}`")

@@ -1,4 +1,4 @@
-"""What a figure depends on besides the model: processor, caches, memory, GPU, versions."""
+"""The conditions of a figure besides the model: processor, caches, memory, GPU, versions."""
 
 from __future__ import annotations
 
@@ -54,15 +54,11 @@ def cache_bytes() -> dict[str, int]:
     found = {}
     for folder in sorted(_CACHES.glob("index*")):
         try:
-            level, kind, size = (
-                (folder / name).read_text().strip() for name in ("level", "type", "size")
-            )
+            level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
         except OSError:
             continue
         if kind != "Instruction":
-            found[f"L{level}"] = (
-                int(size[:-1]) * units[size[-1]] if size[-1] in units else int(size)
-            )
+            found[f"L{level}"] = int(size[:-1]) * units[size[-1]] if size[-1] in units else int(size)
     return found
 
 

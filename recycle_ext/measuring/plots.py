@@ -31,9 +31,7 @@ def new_figure(columns: int, width: float, height: float) -> tuple[Figure, Seque
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        1, columns, figsize=(width, height), layout="constrained", squeeze=False
-    )
+    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
     for one in axes[0]:
         one.spines[["top", "right"]].set_visible(False)
     return figure, axes[0]
