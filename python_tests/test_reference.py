@@ -1,4 +1,4 @@
-"""The plain PyTorch model against transformers: the independent word on what these models compute."""
+"""The reference model against transformers, an independent implementation."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run_ours(model, tokens):
         {"vocab_size": 77, "n_layers": 3, "n_heads": 5, "n_kv_heads": 1, "hidden_size": 80},
     ],
 )
-def test_hidden_states_and_logits_to_float32_rounding(tmp_path, architecture, sizes):
+def test_hidden_states_and_logits_equal_transformers(tmp_path, architecture, sizes):
     checkpoint = write_base(tmp_path, architecture, **sizes)
     vocab = checkpoint.config.vocab_size
     tokens = torch.randint(0, vocab, (2, 50), generator=torch.Generator().manual_seed(0))
@@ -63,7 +63,7 @@ def test_hidden_states_and_logits_to_float32_rounding(tmp_path, architecture, si
         assert error(mine, truth) <= 2 * error(their, truth) + 1e-6 * truth.abs().max().item()
 
 
-def test_the_rope_scaling_of_llama_3():
+def test_rope_scaling_of_llama_3_equals_transformers():
     config = transformers.LlamaConfig(
         hidden_size=64,
         num_attention_heads=2,
@@ -76,7 +76,7 @@ def test_the_rope_scaling_of_llama_3():
 
 
 @torch.no_grad()
-def test_a_cache_changes_nothing(tmp_path):
+def test_model_with_cache_equals_model_without(tmp_path):
     model = ours(write_base(tmp_path, "qwen3"), torch.float64)
     tokens = torch.randint(0, 101, (2, 80), generator=torch.Generator().manual_seed(0))
     cache, parts = KvCache(), []
@@ -86,7 +86,7 @@ def test_a_cache_changes_nothing(tmp_path):
 
 
 @torch.no_grad()
-def test_a_truncated_cache_goes_on_from_there(tmp_path):
+def test_truncated_cache_continues_like_a_new_one(tmp_path):
     model = ours(write_base(tmp_path), torch.float64)
     tokens = torch.randint(0, 101, (1, 30), generator=torch.Generator().manual_seed(0))
     cache = KvCache()

@@ -1,4 +1,4 @@
-"""Training with rounded weights: what a module is trained on is what it runs in."""
+"""Training with rounded weights: they are the weights that packing stores."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ FORMATS = sorted({layers for layers, _ in MODULE_DTYPES.values()})
 
 
 def weights(rows: int = 7, columns: int = 96) -> torch.Tensor:
-    """Of several sizes, with a block of zeros, one of a single value, and one of very small numbers."""
+    """Weights of several magnitudes, with a block of zeros, one of a single value, and one of very small numbers."""
     values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(5))
     values *= torch.logspace(-4, 2, rows)[:, None]
     values[1, :32] = 0
@@ -22,7 +22,7 @@ def weights(rows: int = 7, columns: int = 96) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_rounded_weights_are_those_that_packing_stores(format):
+def test_rounded_weights_equal_packed_weights(format):
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -36,7 +36,7 @@ def test_rounded_weights_are_those_that_packing_stores(format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_gradients_pass_as_if_nothing_was_rounded(format):
+def test_straight_through_gradient_equals_that_of_unrounded_weights(format):
     weight = weights().requires_grad_()
     other = torch.randn(weight.shape, generator=torch.Generator().manual_seed(6))
     (straight_through(weight, format) * other).sum().backward()

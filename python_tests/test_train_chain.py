@@ -1,4 +1,4 @@
-"""Training for several drafts sees what decoding them does."""
+"""Training for several draft tokens sees what decoding them sees."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from models import reference_base, reference_module, write_base, write_module
 
 from recycle_ext.reference.model import KvCache
-from recycle_ext.train.chain import acceptance_by_draft, chain
+from recycle_ext.train.chain import chain, count_accepted
 
 
 @pytest.mark.parametrize("n_layers", [1, 2])
-def test_every_draft_is_what_the_module_gives_step_by_step(tmp_path, n_layers):
+def test_chain_at_once_equals_module_step_by_step(tmp_path, n_layers):
     base = write_base(tmp_path / "base")
     module = reference_module(write_module(tmp_path / "module", base, n_layers=n_layers))
     model = reference_base(base)
@@ -34,14 +34,14 @@ def test_every_draft_is_what_the_module_gives_step_by_step(tmp_path, n_layers):
                 torch.testing.assert_close(at_once[draft].states[:, p], normed[:, -1])
 
 
-def test_a_draft_counts_only_after_those_before_it():
-    # One sequence of five rows; the base's choices and the text agree but at row 3.
-    wanted = torch.tensor([[1, 2, 3, 4, 5]])
-    text = torch.tensor([[1, 2, 3, 9, 5]])
-    first = torch.tensor([[1, 2, 0, 4, 5]])  # right at rows 0, 1, 3, 4
+def test_draft_token_after_a_rejected_one_is_not_counted():
+    # One sequence of five rows; the base's tokens and the text differ at row 3 alone.
+    base_tokens = torch.tensor([[1, 2, 3, 4, 5]])
+    text_tokens = torch.tensor([[1, 2, 3, 9, 5]])
+    first = torch.tensor([[1, 2, 0, 4, 5]])  # accepted at rows 0, 1, 3, 4
     second = torch.tensor([[0, 2, 0, 4, 5]])
-    # The second draft follows a first one at the row before: of rows 0 and 1, right and as the text
-    # goes on; row 3's was right, but the text said something else; row 4 has no row after it.
-    accepted, seen = acceptance_by_draft([first, second], wanted, text)
-    assert (accepted[0], seen[0]) == (4, 5)
-    assert (accepted[1], seen[1]) == (1, 2)  # at row 1 right, at row 2 wrong
+    # A second draft token at row p follows a first one at row p - 1. Rows 0 and 1 are accepted and equal the text, so
+    # rows 1 and 2 are verified. Row 3 is accepted, but the text differs there, and row 4 is the last.
+    accepted, verified = count_accepted([first, second], base_tokens, text_tokens)
+    assert (accepted[0], verified[0]) == (4, 5)
+    assert (accepted[1], verified[1]) == (1, 2)  # accepted at row 1, rejected at row 2

@@ -1,4 +1,4 @@
-"""Text to train on: from files, and written by the base."""
+"""Training text: from files, and written by the base."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recycle_ext.train.self_text import Prompts, write_text
 
 
 class Words:
-    """A tokenizer of a word a token, by its length."""
+    """A tokenizer with one token for each word: its length."""
 
     eos_token_ids = (0, 7)
     chat_template = None
@@ -23,7 +23,7 @@ class Words:
         return [len(word) for word in text.split()]
 
 
-def test_documents_of_all_kinds(tmp_path):
+def test_documents_of_txt_and_jsonl_are_read(tmp_path):
     (tmp_path / "a.txt").write_text("one text", "utf-8")
     rows = [{"text": "first"}, {"text": [{"role": "user", "content": "hi"}, {"content": "ho"}]}]
     (tmp_path / "b.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows), "utf-8")
@@ -31,7 +31,7 @@ def test_documents_of_all_kinds(tmp_path):
     assert list(documents(files, "text")) == ["one text", "first", "hi\nho"]
 
 
-def test_parquet(tmp_path):
+def test_documents_of_parquet_are_read(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="parquet is read with pyarrow")
     from pyarrow import parquet
 
@@ -56,13 +56,13 @@ def test_parquet(tmp_path):
         ("a.jsonl", b"", "there is no text in it"),
     ],
 )
-def test_files_that_hold_no_text(tmp_path, name, content, message):
+def test_file_without_text_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RecycleError, match=message):
         list(documents([str(tmp_path / name)], "text"))
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_missing_file_is_refused(tmp_path):
     for name in ("no.txt", "no.jsonl", "no.parquet"):
         if name.endswith("parquet"):
             pytest.importorskip("pyarrow", reason="parquet is read with pyarrow")
@@ -70,9 +70,12 @@ def test_a_file_that_is_not_there(tmp_path):
             list(documents([str(tmp_path / name)], "text"))
 
 
-def test_packing_puts_an_end_behind_each_document():
+def test_packed_documents_end_with_the_end_token():
     sequences = packed(Words(), iter(["a bb", "ccc", "d"]), 3)
-    assert sequences.tolist() == [[1, 2, 0], [3, 0, 1]]  # the last end has no sequence to stand in
+    assert sequences.tolist() == [
+        [1, 2, 0],
+        [3, 0, 1],
+    ]  # the last end token is in an incomplete sequence
     with pytest.raises(RecycleError, match="--text has 2 tokens; at least two sequences"):
         packed(Words(), iter(["a"]), 3)
 
@@ -93,12 +96,12 @@ class SomePrompts:
         return [3 + self.count % 30, 5]
 
 
-def test_the_base_writes_what_it_would_say(base):
-    """Rows settle at temperature 0, 0, 0.7 and 1; once settled, the first two are greedy."""
+def test_written_text_equals_bases_greedy_text_at_temperature_0(base):
+    """Rows get the temperatures 0, 0, 0.7 and 1; after the varied tokens the first two are greedy."""
     model = reference_base(base, torch.float32)
     tokens, hidden = write_text(model, SomePrompts(), set(), 8, 40, seed=1)
     states = model(tokens).detach()
-    # The cache of what is being written is in bfloat16.
+    # The cache of the writing loop is in bfloat16.
     torch.testing.assert_close(hidden, states, rtol=0.05, atol=0.05 * states.abs().max().item())
     greedy = model.logits(hidden).argmax(-1)
     agreement = (tokens[:, 15:] == greedy[:, 14:-1]).float().mean(-1)
@@ -106,14 +109,14 @@ def test_the_base_writes_what_it_would_say(base):
         assert (share == 1) == (row % 4 < 2), (row, share)
 
 
-def test_the_same_seed_writes_the_same_text(base):
+def test_written_text_of_same_seed_is_the_same(base):
     model = reference_base(base, torch.float32)
     first = write_text(model, SomePrompts(), set(), 4, 30, seed=5)[0]
     assert torch.equal(first, write_text(model, SomePrompts(), set(), 4, 30, seed=5)[0])
     assert not torch.equal(first, write_text(model, SomePrompts(), set(), 4, 30, seed=6)[0])
 
 
-def test_after_an_end_another_prompt_follows(base):
+def test_written_text_goes_on_with_a_prompt_after_an_end_token(base):
     model = reference_base(base, torch.float32)
     ends = set(range(0, 40, 2))  # every other token ends a text
     tokens, _ = write_text(model, SomePrompts(), ends, 4, 40, seed=2)
@@ -127,18 +130,18 @@ def test_after_an_end_another_prompt_follows(base):
                 position += 1
 
 
-def test_prompts_are_filled_in_and_differ():
-    class Kept(Words):
+def test_prompts_have_names_replaced_and_differ():
+    class Unsplit(Words):
         def encode(self, text, add_bos=None):
             return [text]
 
-    prompts = Prompts(Kept(), seed=0)
+    prompts = Prompts(Unsplit(), seed=0)
     texts = [prompts.next()[0] for _ in range(300)]
     assert len(set(texts)) > 150
     assert not any("{topics}" in t or "{number}" in t or "{names}" in t for t in texts)
 
 
-def test_a_chat_model_gets_its_own_template():
+def test_prompts_of_chat_model_use_its_template():
     class Chat(Words):
         chat_template = "yes"
 

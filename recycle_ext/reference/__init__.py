@@ -1,4 +1,4 @@
-"""The models and ops in plain PyTorch: the independent oracle, for tests, training and evaluation."""
+"""The models and ops in plain PyTorch: the independent oracle of the tests, also used by training and evaluation."""
 
 from recycle_ext.reference.model import BaseModel, KvCache, RecyclableModule
 

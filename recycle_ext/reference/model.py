@@ -1,7 +1,7 @@
-"""The models in plain PyTorch: what training uses, and what every kernel is checked against.
+"""The base model and the recyclable module in plain PyTorch. Training uses them, and tests compare the kernels to them.
 
-Shapes: B sequences, T tokens, d hidden_size. Weights carry Hugging Face's names, so that
-``load_state_dict`` takes a checkpoint's tensors as they are.
+Shapes: B sequences, T tokens, d hidden_size. Weights have Hugging Face's names, so ``load_state_dict`` takes a
+checkpoint's tensors as they are.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from recycle_ext.ops.functional import apply_rope, rope_tables
 
 
 class KvCache:
-    """Keys and values of the tokens so far, [B, n_kv_heads, positions, head_dim] a layer.
+    """Keys and values of the tokens so far, [B, n_kv_heads, positions, head_dim] for each layer.
 
-    capacity: positions to make room for at the start; a full cache doubles.
+    capacity: positions allocated at the start; a full cache doubles it.
     """
 
     def __init__(self, capacity: int = 64) -> None:
@@ -26,9 +26,9 @@ class KvCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds [B, n_kv_heads, T, head_dim] to a layer and returns all it holds.
+        """Adds keys and values [B, n_kv_heads, T, head_dim] to a layer; returns all of the layer, as ``held``.
 
-        Layers are appended to in order; the last positions of layer 0 are everyone's.
+        The first layer of a forward pass must be layer 0, which advances ``length``; the others write to the same positions.
         """
         if layer == 0:
             self.length += keys.shape[2]
@@ -43,8 +43,8 @@ class KvCache:
                 for old, new in zip(held, grown, strict=True):
                     new[:, :, :start] = old[:, :, :start]
             held = self._layers[layer] = grown
-        for all_rows, rows in zip(held, (keys, values), strict=True):
-            all_rows[:, :, start : self.length] = rows
+        for stored, added in zip(held, (keys, values), strict=True):
+            stored[:, :, start : self.length] = added
         return self.held(layer)
 
     def held(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -53,8 +53,9 @@ class KvCache:
         return keys[:, :, : self.length], values[:, :, : self.length]
 
     def mask(self, rows: int, device: torch.device) -> Tensor | None:
-        """Which positions the ``rows`` newest see, [rows, length] bool: row r all but the last
-        rows - 1 - r; None where that is plain causal attention.
+        """Attention mask of the ``rows`` newest positions, [rows, length] bool; None: plain causal attention.
+
+        Row r sees all positions but the last rows - 1 - r.
         """
         if rows == self.length:
             return None
@@ -62,7 +63,7 @@ class KvCache:
         return ones.tril(self.length - rows)
 
     def truncate(self, length: int) -> None:
-        """Forgets what stands at positions ``length`` and after."""
+        """Drops positions ``length`` and after."""
         self.length = min(self.length, length)
 
 
@@ -75,14 +76,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., size] -> the same."""
-        wide = x.float() if x.dtype != torch.float64 else x
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        """x [..., size] -> the same shape and dtype."""
+        exact = x.float() if x.dtype != torch.float64 else x
+        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * exact.to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with RoPE; Qwen3's norm of q and k where the config asks."""
+    """Grouped-query self-attention with RoPE, and with Qwen3's norms of q and k where config.qk_norm is set."""
 
     def __init__(self, config: ModelConfig | ModuleConfig) -> None:
         super().__init__()
@@ -98,7 +99,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KvCache | None, layer: int
     ) -> Tensor:
-        """x [B, T, d], cos and sin [T, head_dim] -> [B, T, d]; ``layer`` is the cache's number."""
+        """x [B, T, d], cos and sin [T, head_dim] -> [B, T, d]. layer: index of this layer in the cache."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = apply_rope(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
         k = apply_rope(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
@@ -106,8 +107,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         if q.shape[2] == 1:
-            # One new token: the query heads of a group stand as rows of one attention, so that torch reads
-            # its keys and values once and not once a head (four times as fast in bfloat16 on a CPU).
+            # One new token: the query heads of a group become rows of one attention, so that torch reads the group's
+            # keys and values once, not once for each head (four times as fast in bfloat16 on a CPU).
             grouped = q.reshape(q.shape[0], k.shape[1], -1, self.head_dim)
             out = F.scaled_dot_product_attention(grouped, k, v)
             return self.o_proj(out.reshape(*x.shape[:2], -1))
@@ -150,8 +151,8 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
-    """Embedding, layers and final norm: what Hugging Face's names call ``model``."""
+class LayerStack(nn.Module):
+    """Embedding, layers and final norm; Hugging Face's names start with ``model.`` for these."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -166,22 +167,22 @@ class BaseModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = LayerStack(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.register_buffer("inv_freq", config.inv_freq(), persistent=False)
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """Takes the checkpoint's names; a tied head may be absent."""
+        """Loads a checkpoint's tensors; a tied head may be absent."""
         if self.config.tie_word_embeddings and "lm_head.weight" not in state_dict:
             state_dict = state_dict | {"lm_head.weight": state_dict["model.embed_tokens.weight"]}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def forward(self, tokens: Tensor, cache: KvCache | None = None) -> Tensor:
-        """tokens [B, T] int64 -> hidden states [B, T, d], after the final norm.
+        """tokens [B, T] int64 -> hidden states [B, T, d] after the final norm.
 
-        With a cache the tokens stand after those it holds, and are added to it.
+        With a cache, the tokens follow those in the cache, and their keys and values are appended.
         """
         first = cache.length if cache is not None else 0
         positions = torch.arange(first, first + tokens.shape[1], device=tokens.device)
@@ -197,7 +198,10 @@ class BaseModel(nn.Module):
 
 
 class RecyclableModule(nn.Module):
-    """The module of RecycleGPT: from h_i and the embedding of x_{i+1} to a guess of x_{i+2}."""
+    """The recyclable module of RecycleGPT (arXiv 2308.03421, section 3).
+
+    From h_i and the embedding of x_{i+1} to a state that predicts x_{i+2} through the base's head.
+    """
 
     def __init__(self, config: ModuleConfig) -> None:
         super().__init__()
@@ -216,10 +220,10 @@ class RecyclableModule(nn.Module):
     def forward(
         self, embedding: Tensor, hidden: Tensor, cache: KvCache | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Rows i = first, first + 1, ...: e(x_{i+1}) [B, T, d] and h_i [B, T, d].
+        """Rows i = first, first + 1, ..., where ``first`` is the cache's length (0 without a cache).
 
-        Returns g_i, which takes the place of h_i for a further draft, and n(g_i), which goes into the
-        head; both [B, T, d].
+        embedding [B, T, d]: e(x_{i+1}). hidden [B, T, d]: h_i. Returns g_i, which replaces h_i for a further draft token,
+        and n(g_i), which goes into the head; both [B, T, d].
         """
         first = cache.length if cache is not None else 0
         positions = torch.arange(first, first + hidden.shape[1], device=hidden.device)

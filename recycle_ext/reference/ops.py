@@ -1,5 +1,6 @@
-"""The ops of torch.ops.recycle in plain PyTorch, one sequence at a time: what the kernels are tested
-against, and the shortest description of what they do. In whatever float dtype they are given.
+"""The ops of torch.ops.recycle in plain PyTorch, one sequence at a time, in the float dtype of their inputs.
+
+Tests compare the kernels to these functions, which are also the shortest description of the ops.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ def attention_decode(
     k_norm: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """RoPE, append to the cache and attention.
+    """RoPE, append to the cache and attention. -> the shape and dtype of q
 
-    q [B, rows, n_heads, head_dim], k and v [B, rows, n_kv_heads, head_dim]: new rows of each sequence at
-    positions lengths[b]..; cache [2, B, n_kv_heads, capacity, head_dim] is written to; in int8
-    it has head_dim + 4 (kv_cache.py). -> as q.
+    q [B, rows, n_heads, head_dim], k and v [B, rows, n_kv_heads, head_dim]: new rows of sequence b, at positions
+    lengths[b] and after. lengths [B] int64. cache [2, B, n_kv_heads, capacity, head_dim]: keys and values, written to; an
+    int8 cache has rows of head_dim + 4 (to_rows). q_norm, k_norm [head_dim]: RMSNorm weights of Qwen3.
     """
     out = torch.empty_like(q)
     rows = q.shape[1]
@@ -49,11 +50,14 @@ def attention_decode(
     return out
 
 
-_SCALE_BYTES = 4
+_SCALE_BYTES = 4  # an int8 row's float32 scale, after its values
 
 
 def to_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [..., head_dim] as rows of a cache. In int8 the largest value of a row becomes 127."""
+    """x [..., head_dim] as rows of a cache of ``dtype``.
+
+    int8 rows are [..., head_dim + 4]: values scaled so that the largest magnitude is 127, then the scale.
+    """
     if dtype != torch.int8:
         return x.to(dtype)
     scale = x.float().abs().amax(-1, keepdim=True) / 127
@@ -62,7 +66,7 @@ def to_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def from_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse, [..., head_dim] of ``dtype``."""
+    """The inverse of to_rows. -> [..., head_dim] of ``dtype``"""
     if rows.dtype != torch.int8:
         return rows.to(dtype)
     scale = rows[..., -_SCALE_BYTES:].contiguous().view(torch.float32)
@@ -70,7 +74,7 @@ def from_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Stream(IntEnum):
-    """What a random draw is for (csrc/include/recycle/random.h)."""
+    """The use of a random number (csrc/include/recycle/random.h)."""
 
     SAMPLE = 0
     ACCEPT = 1
@@ -94,17 +98,17 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
 
 
 def uniform(seed: int, position: int, stream: Stream) -> float:
-    """In [0, 1), 24 random bits; a function of its arguments alone."""
+    """A number in [0, 1) with 24 random bits, a function of its arguments alone."""
     low = 0xFFFFFFFF
     counter = [position & low, position >> 32, int(stream), 0]
     return (philox(counter, [seed & low, seed >> 32])[0] >> 8) / 2**24
 
 
 def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """logits [n] -> probabilities [n] after temperature, top-k and top-p, in that order."""
+    """logits [n] -> probabilities [n] after temperature, top-k (0: all) and top-p (nucleus sampling), in that order."""
     if top_k:
-        least = logits.topk(min(top_k, len(logits))).values[-1]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        threshold = logits.topk(min(top_k, len(logits))).values[-1]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
     probs = (logits / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probs.sort(descending=True, stable=True)
@@ -114,8 +118,8 @@ def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -
     return probs
 
 
-def draw(probs: Tensor, u: float) -> int:
-    """The token at ``u`` of the cumulative distribution."""
+def sample(probs: Tensor, u: float) -> int:
+    """The token whose interval of the cumulative distribution contains ``u`` in [0, 1). probs [n], of any sum."""
     cumulative = probs.double().cumsum(0)
     return int((cumulative <= u * float(cumulative[-1])).sum())
 
@@ -131,22 +135,33 @@ def recycle_head(
     top_p: float,
     seeds: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """hidden [rows, d], head [n_vocab, d] -> tokens [rows] and log softmax(logits)[token] [rows]."""
+    """RMSNorm (weight [d]; None: none), head and token choice for each row.
+
+    hidden [rows, d], head [n_vocab, d], positions and seeds [rows] int64. temperature 0: argmax. -> tokens [rows] int64
+    and their log-probabilities [rows] before temperature, top-k and top-p.
+    """
     logits = rms_norm(hidden, norm, eps) @ head.T
     if temperature == 0:
         tokens = logits.argmax(-1)
     else:
         tokens = torch.tensor(
             [
-                draw(distribution(row, temperature, top_k, top_p), uniform(seed, at, Stream.SAMPLE))
-                for row, at, seed in zip(logits, positions.tolist(), seeds.tolist(), strict=True)
+                sample(
+                    distribution(row, temperature, top_k, top_p), uniform(seed, p, Stream.SAMPLE)
+                )
+                for row, p, seed in zip(logits, positions.tolist(), seeds.tolist(), strict=True)
             ]
         )
     return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
 
 
 class ReferenceDecoder:
-    """prefill and decode_step for one sequence; the design's section on decoding, line by line."""
+    """prefill and decode_step for one sequence, as docs/design.md defines decoding.
+
+    mode: "standard", "verify" or "alternate". drafts: draft tokens a step. draft_vocab: [n] int64 ascending; None: all.
+    Between steps, ``pending`` has one certain token and then the draft tokens; ``draft_probs`` has the distribution that
+    each draft token was sampled from (None in greedy decoding).
+    """
 
     def __init__(
         self,
@@ -162,82 +177,91 @@ class ReferenceDecoder:
     ) -> None:
         self.base, self.module, self.draft_vocab = base, module, draft_vocab
         self.mode = mode
-        self.k = 0 if mode == "standard" else drafts
+        self.num_draft_tokens = 0 if mode == "standard" else drafts
         self.sampling = temperature, top_k, top_p
         self.seed = seed
         self.base_cache, self.module_cache = KvCache(), KvCache()
         self.pending: list[int] = []
-        self.draft_probs: list[Tensor] = []
+        self.draft_probs: list[Tensor | None] = []
 
-    def set_num_draft_tokens(self, drafts: int) -> None:
-        """Verify mode only; as Decoder.set_num_draft_tokens. 0: the module is left out, and knows nothing of those steps."""
+    def set_num_draft_tokens(self, count: int) -> None:
+        """Sets the draft tokens of the following steps, as Decoder.set_num_draft_tokens; verify mode alone."""
         vocab_size = self.base.config.vocab_size
         padding = 0 if self.draft_vocab is None else int(self.draft_vocab[0])
-        sure = F.one_hot(torch.tensor(padding), vocab_size).to(self.base.lm_head.weight.dtype)
-        missing = max(drafts - self.k, 0)
-        self.pending = self.pending[: drafts + 1] + [padding] * missing
-        self.draft_probs = self.draft_probs[:drafts] + [sure] * missing
-        self.k = drafts
+        one_hot = F.one_hot(torch.tensor(padding), vocab_size).to(self.base.lm_head.weight.dtype)
+        missing = max(count - self.num_draft_tokens, 0)
+        self.pending = self.pending[: count + 1] + [padding] * missing
+        self.draft_probs = self.draft_probs[:count] + [one_hot] * missing
+        self.num_draft_tokens = count
 
-    def _pick(self, logits: Tensor, position: int, stream: Stream) -> tuple[int, Tensor | None]:
+    def _token(self, logits: Tensor, position: int, stream: Stream) -> tuple[int, Tensor | None]:
+        """The argmax, or a sample and the distribution [n_vocab] that it is from."""
         if self.sampling[0] == 0:
             return int(logits.argmax()), None
         probs = distribution(logits, *self.sampling)
-        return draw(probs, uniform(self.seed, position, stream)), probs
+        return sample(probs, uniform(self.seed, position, stream)), probs
 
     @torch.no_grad()
     def prefill(self, prompt: list[int]) -> int:
         """Reads the prompt; returns the first new token."""
         hidden = self.base(torch.tensor([prompt]), self.base_cache)[0]
-        token, _ = self._pick(self.base.logits(hidden[-1]), len(prompt), Stream.SAMPLE)
+        token, _ = self._token(self.base.logits(hidden[-1]), len(prompt), Stream.SAMPLE)
         self._draft(hidden, [*prompt[1:], token])
         return token
 
     @torch.no_grad()
     def step(self) -> list[int]:
-        """One decode step; returns the tokens the sequence grew by."""
+        """One decode step; returns the new tokens: the accepted draft tokens, then one of the base's own."""
         n = self.base_cache.length
         hidden = self.base(torch.tensor([self.pending]), self.base_cache)[0]
-        accepted, token = self._choose(self.base.logits(hidden), n)
-        grown = [*self.pending[1 : 1 + accepted], token]
+        accepted, token = self._verify(self.base.logits(hidden), n)
+        new_tokens = [*self.pending[1 : 1 + accepted], token]
         self.base_cache.truncate(n + accepted + 1)
-        self._draft(hidden[: accepted + 1], grown)
-        return grown
+        self._draft(hidden[: accepted + 1], new_tokens)
+        return new_tokens
 
-    def _choose(self, logits: Tensor, n: int) -> tuple[int, int]:
-        """How many drafts count, and the base's own token after them."""
-        if self.mode != "verify":
-            return self.k, self._pick(logits[-1], n + self.k + 1, Stream.SAMPLE)[0]
-        for j in range(self.k):
-            position, draft = n + j + 1, self.pending[j + 1]
-            if self.sampling[0] == 0:
-                if (token := int(logits[j].argmax())) != draft:
-                    return j, token
-                continue
-            p, q = distribution(logits[j], *self.sampling), self.draft_probs[j]
-            if uniform(self.seed, position, Stream.ACCEPT) * float(q[draft]) >= float(p[draft]):
-                residual = (p - q).clamp_min(0)
-                return j, draw(residual, uniform(self.seed, position, Stream.RESAMPLE))
-        return self.k, self._pick(logits[self.k], n + self.k + 1, Stream.SAMPLE)[0]
+    def _verify(self, logits: Tensor, n: int) -> tuple[int, int]:
+        """The number of accepted draft tokens, and the base's own token after them.
+
+        Sampled verify mode accepts a draft token with probability min(1, p / q), and else samples the residual
+        max(p - q, 0) (Leviathan et al. 2023, algorithm 1).
+        """
+        drafted = self.num_draft_tokens
+        if self.mode == "verify":
+            for j in range(drafted):
+                position, draft = n + j + 1, self.pending[j + 1]
+                if self.sampling[0] == 0:
+                    if (token := int(logits[j].argmax())) != draft:
+                        return j, token
+                    continue
+                p, q = distribution(logits[j], *self.sampling), self.draft_probs[j]
+                if uniform(self.seed, position, Stream.ACCEPT) * float(q[draft]) >= float(p[draft]):
+                    residual = (p - q).clamp_min(0)
+                    return j, sample(residual, uniform(self.seed, position, Stream.RESAMPLE))
+        return drafted, self._token(logits[-1], n + drafted + 1, Stream.SAMPLE)[0]
 
     def _draft(self, hidden: Tensor, following: list[int]) -> None:
-        """The module over confirmed rows and the tokens after them; its guesses become the drafts."""
+        """The module over confirmed rows, then over its own outputs; sets ``pending`` and ``draft_probs``.
+
+        hidden [rows, d]: the base's states. following: the token after each row.
+        """
         self.pending, self.draft_probs = [following[-1]], []
-        if self.k == 0:
+        if self.num_draft_tokens == 0:
             return
         confirmed = self.module_cache.length + len(following)
-        skipped = self.base_cache.length - confirmed  # of the text, which draws go by
-        for _ in range(self.k):
+        # The module did not see tokens of steps without drafts, but random numbers go by positions in the text.
+        skipped = self.base_cache.length - confirmed
+        for _ in range(self.num_draft_tokens):
             embedding = self.base.model.embed_tokens(torch.tensor([following]))
             g, out = self.module(embedding, hidden[None], self.module_cache)
             logits = self.base.lm_head.weight @ out[0, -1]
             if self.draft_vocab is not None:
-                kept = torch.full_like(logits, -torch.inf)
-                kept[self.draft_vocab] = logits[self.draft_vocab]
-                logits = kept
+                allowed = torch.full_like(logits, -torch.inf)
+                allowed[self.draft_vocab] = logits[self.draft_vocab]
+                logits = allowed
             position = skipped + self.module_cache.length + 1
-            draft, probs = self._pick(logits, position, Stream.DRAFT)
-            self.pending.append(draft)
+            token, probs = self._token(logits, position, Stream.DRAFT)
+            self.pending.append(token)
             self.draft_probs.append(probs)
-            hidden, following = g[0, -1:], [draft]
+            hidden, following = g[0, -1:], [token]
         self.module_cache.truncate(confirmed)

@@ -1,1 +1,1 @@
-"""python -m recycle_ext.train: __main__.py says what it does."""
+"""Training of recyclable modules. The command is `python -m recycle_ext.train` (__main__.py)."""

@@ -17,11 +17,11 @@ from recycle_ext.text.tokenizer import Tokenizer
 
 
 def documents(files: Sequence[str], field: str) -> Iterator[str]:
-    """The documents of files, by how their names end: .jsonl (an object a line) and .parquet (a row each)
-    hold them in ``field``; any other file is one document, UTF-8.
+    """The documents of files, by suffix.
 
-    A document of a chat, a list of {"role", "content"} objects, is given as its contents, one after
-    the other.
+    .jsonl has one in ``field`` of each line's object, .parquet one in ``field`` of each row; any other file is one
+    document. A chat, a list of {"role", "content"} objects, becomes its contents, one a line. Raises RecycleError for a
+    file that cannot be read or has no text.
     """
     for name in files:
         file = Path(name)
@@ -36,7 +36,7 @@ def documents(files: Sequence[str], field: str) -> Iterator[str]:
 
 @contextmanager
 def _read(file: Path) -> Iterator[TextIO]:
-    """The file as UTF-8 text; what goes wrong is told by its name."""
+    """Opens a file as UTF-8 text; errors become RecycleErrors with the file's name."""
     try:
         with file.open(encoding="utf-8") as stream:
             yield stream
@@ -104,8 +104,10 @@ _READERS = {".jsonl": _lines, ".parquet": _rows}
 
 
 def packed(tokenizer: Tokenizer, texts: Iterator[str], length: int) -> Tensor:
-    """Sequences of ``length`` tokens, [n, length] int64: the documents one after the other, each with the
-    end token behind it, cut wherever a sequence is full; what is left over at the end is dropped.
+    """The documents as sequences of ``length`` tokens, [n, length] int64.
+
+    An end token follows each document. Documents are cut where a sequence is full, and the last, incomplete sequence is
+    dropped. Raises RecycleError for fewer than two sequences.
     """
     end = tokenizer.eos_token_ids[:1]
     ids: list[int] = []

@@ -2,8 +2,8 @@
 
     L = mean_i -log p(x_{i+1} | x_{<=i})  +  w mean_i -log q(x_{i+2} | x_{<=i+1})
 
-p from the base's state h_i, q from the module's n(g_i), both through the one output head; gradients of the
-module's loss go through h into the base. w = 0 trains the base alone: the control.
+p comes from the base's state h_i and q from the module's n(g_i), both through the one output head. Gradients of the
+module's loss go through h into the base. w = 0 trains the base alone, as a control.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from recycle_ext.checkpoint.config import ModelConfig
+from recycle_ext.checkpoint.base_model import open_checkpoint
+from recycle_ext.checkpoint.config import ModelConfig, ModuleConfig
 from recycle_ext.checkpoint.huggingface import llama_json
+from recycle_ext.checkpoint.module import save_module
 from recycle_ext.reference.model import BaseModel, RecyclableModule
 from recycle_ext.train.losses import head_loss
 from recycle_ext.train.states import batches
@@ -31,7 +33,7 @@ END = "<|endoftext|>"
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Backend:
-    """Byte-level BPE of a vocabulary's size, from the training text; ``<|endoftext|>`` is token 0."""
+    """Byte-level BPE from the training text with at most ``vocab_size`` tokens; ``<|endoftext|>`` is token 0."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -46,17 +48,23 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Backend:
 
 
 def initial_weights(model: torch.nn.Module, n_layers: int, seed: int) -> None:
-    """Normal with deviation 0.02, what adds to the residual stream by 1 / sqrt(2 layers) less (GPT-2)."""
+    """Initializes matrices as GPT-2 does (Radford et al. 2019, section 2.3).
+
+    Normal with standard deviation 0.02; matrices that write to the residual stream have 0.02 / sqrt(2 n_layers).
+    """
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             continue
-        ends_branch = name.endswith(("o_proj.weight", "down_proj.weight"))
-        torch.nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * n_layers) if ends_branch else 1))
+        is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        torch.nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * n_layers) if is_residual else 1))
 
 
 class Joint(Task):
-    """Base and module on sequences tokens [n, T] int64, of which the last ``held_out`` are kept for measuring."""
+    """Trains a base and its module (None: the base alone) on sequences.
+
+    tokens: [n, T] int64, of which the last ``held_out`` are not trained on. module_weight: w of this file's docstring.
+    """
 
     def __init__(
         self,
@@ -77,8 +85,7 @@ class Joint(Task):
 
     def _states(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """h_i [n, T, d] at rows 0 .. T - 1, and n(g_i) [n, T - 1, d] at rows 0 .. T - 2."""
-        kind = self.workers.device.type
-        with torch.autocast(kind, dtype=torch.bfloat16):
+        with torch.autocast(self.workers.device.type, dtype=torch.bfloat16):
             hidden = self.base(tokens)
             if self.module is None:
                 return hidden, None
@@ -86,11 +93,11 @@ class Joint(Task):
             return hidden, self.module(embedding, hidden[:, :-1])[1]
 
     def _losses(self, tokens: Tensor) -> list[Tensor]:
-        """The base's loss and the module's, nats a token each."""
-        hidden, guess = self._states(tokens)
+        """The loss of the base, then of the module, nats a token."""
+        hidden, draft_states = self._states(tokens)
         head = self.base.lm_head.weight
         losses = []
-        for states, labels in ((hidden[:, :-1], tokens[:, 1:]), (guess, tokens[:, 2:])):
+        for states, labels in ((hidden[:, :-1], tokens[:, 1:]), (draft_states, tokens[:, 2:])):
             if states is None:
                 continue
             rows = states[:, : labels.shape[1]].flatten(0, 1).to(torch.bfloat16)
@@ -99,42 +106,55 @@ class Joint(Task):
         return losses
 
     def forward(self, index: list[int]) -> Tensor:
-        """The loss of some sequences."""
+        """The loss of the sequences ``index``."""
         losses = self._losses(self.tokens[index].to(self.workers.device))
         return losses[0] if self.module is None else losses[0] + self.module_weight * losses[1]
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """On what is held out: loss of the base and of the module, nats a token, and the acceptance: how often
-        the module's first choice is the base's.
+        """held_out_loss, held_out_module_loss (nats a token) and acceptance_1 on the held-out sequences.
+
+        acceptance_1 is the share of rows where the module's argmax is the base's.
         """
         device = self.workers.device
-        # Sums of: sequences, base loss, module loss, guesses, guesses accepted.
+        # Sums of: sequences, base loss, module loss, draft tokens, accepted draft tokens.
         sums = torch.zeros(5, dtype=torch.float64)
         for number, part in enumerate(batches(len(self.tokens) - self.n_train, 8)):
             if number % self.workers.count != self.workers.rank:
                 continue
             tokens = self.tokens[[self.n_train + i for i in part]].to(device)
-            losses = self._losses(tokens)
             sums[0] += len(tokens)
-            for kind, loss in enumerate(losses):
-                sums[1 + kind] += float(loss) * len(tokens)
+            for index, loss in enumerate(self._losses(tokens), 1):
+                sums[index] += float(loss) * len(tokens)
             if self.module is not None:
-                hidden, guess = self._states(tokens)
+                hidden, draft_states = self._states(tokens)
                 head = self.base.lm_head.weight.to(torch.bfloat16)
-                wanted = (hidden[:, 1:].to(torch.bfloat16) @ head.T).argmax(-1)
-                right = (guess.to(torch.bfloat16) @ head.T).argmax(-1) == wanted
-                sums[3] += right.numel()
-                sums[4] += int(right.sum())
-        n, base_loss, module_loss, guesses, accepted = self.workers.sum(sums.to(device)).tolist()
+                base_tokens = (hidden[:, 1:].to(torch.bfloat16) @ head.T).argmax(-1)
+                draft_tokens = (draft_states.to(torch.bfloat16) @ head.T).argmax(-1)
+                sums[3] += draft_tokens.numel()
+                sums[4] += int((draft_tokens == base_tokens).sum())
+        n, base_loss, module_loss, drafted, accepted = self.workers.sum(sums.to(device)).tolist()
         figures = {"held_out_loss": base_loss / n}
         if self.module is not None:
-            figures |= {"held_out_module_loss": module_loss / n, "acceptance_1": accepted / guesses}
+            figures |= {"held_out_module_loss": module_loss / n, "acceptance_1": accepted / drafted}
         return figures
+
+    def save(self, folder: Path) -> None:
+        """Writes the base to ``folder``/base, whose tokenizer is already there, and the module to ``folder``/module."""
+        backend = open_checkpoint(folder / "base").tokenizer.backend
+        save_base(folder / "base", self.base.config, self.base, backend)
+        if self.module is None:
+            return
+        trained = open_checkpoint(folder / "base")
+        config = self.module.config
+        shape = "recycle" if config.embed_norm else "eagle"
+        config = ModuleConfig.like(trained.config, config.n_layers, 0, trained.fingerprint, shape)
+        tensors = {name: value.cpu() for name, value in self.module.state_dict().items()}
+        save_module(folder / "module", config, tensors)
 
 
 def save_base(folder: Path, config: ModelConfig, base: BaseModel, backend: Backend) -> None:
-    """Writes a base model as a Hugging Face directory, bfloat16."""
+    """Writes a base model and its tokenizer as a Hugging Face directory, in bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: value.to("cpu", torch.bfloat16).contiguous()

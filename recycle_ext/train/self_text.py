@@ -1,9 +1,11 @@
-"""Text that the base model writes itself: what a module is trained on when no other text is given.
+"""Text that the base model writes: the training text when no other is given.
 
-A module has to guess what the base says next, so the base's own words are the right examples. Each
-sequence starts from a prompt, goes on hot for a while (so that sequences differ), then at a
-temperature of its own, 0 among them, as it will be used. When the model ends a text, a new prompt
-follows in the same sequence.
+A module predicts what the base says next, so the base's own text has the right examples. Each sequence starts with a
+prompt, goes on at temperature 1 for some tokens (so that sequences differ), then at its assigned temperature, often 0,
+as the module will be used. After an end token a new prompt follows in the same sequence.
+
+This loop is not decoding.Decoder's, because training needs the hidden states and a temperature for each sequence, and
+the Decoder gives neither.
 """
 
 from __future__ import annotations
@@ -20,16 +22,18 @@ from torch import Tensor
 from recycle_ext.reference.model import BaseModel, Layer
 from recycle_ext.text.tokenizer import Tokenizer
 
-HOT_TOKENS = 12
-TEMPERATURES = (0.0, 0.0, 0.7, 1.0)
-TOP_K = 64  # what sampling chooses from
+VARIED_TOKENS = 12  # after each prompt, sampled at temperature 1
+TEMPERATURES = (0.0, 0.0, 0.7, 1.0)  # of the sequences, in turn
+TOP_K = 64  # tokens that sampling chooses from
 
-_CHAT, _QUESTION_TOO = 0.5, 0.15  # shares of the prompts, where the base knows chats
+# Shares of the prompts, for a base with a chat template: a request, and an open user turn that the base fills in.
+_REQUESTS, _OPEN_TURNS = 0.5, 0.15
 
 
 class Prompts:
-    """Endless prompts from the lists in ``prompts.txt``: plain openings and, for a base with a chat
-    template, requests in it.
+    """Endless random prompts from the lists in ``prompts.txt``.
+
+    Plain openings; for a base with a chat template also requests in that template.
     """
 
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
@@ -44,19 +48,18 @@ class Prompts:
         self._random = random.Random(seed)
 
     def next(self) -> list[int]:
-        """Token ids of one prompt."""
+        """Token ids of the next prompt."""
         kind = self._random.random()
-        if self._tokenizer.chat_template is None or kind > _CHAT + _QUESTION_TOO:
+        if self._tokenizer.chat_template is None or kind > _REQUESTS + _OPEN_TURNS:
             return self._tokenizer.encode(self._filled("openings"))
         request = self._filled("requests")
         chat = self._tokenizer.apply_chat_template([{"role": "user", "content": request}])
-        if kind < _QUESTION_TOO:
-            # The model writes the question as well.
+        if kind < _OPEN_TURNS:
             chat = chat[: chat.rindex(request)]
         return self._tokenizer.encode(chat, add_bos=False)
 
     def _filled(self, name: str) -> str:
-        """A line of a list, with what stands in braces chosen too."""
+        """A random line of a list, each {name} in it replaced by a random line of that list or a number."""
 
         def choose(match: re.Match) -> str:
             if match[1] == "number":
@@ -67,11 +70,11 @@ class Prompts:
         return re.sub(rf"{{({names})}}", choose, self._random.choice(self.lists[name]))
 
 
-class _Writer:
-    """The base for one new token of each of many sequences.
+class _BatchedBase:
+    """The base model over one new token of each of ``batch`` sequences, with a cache of ``length`` positions.
 
-    As ``BaseModel`` with a cache, but products that have the same input are one, and RoPE, the append and
-    attention are one of our own operators.
+    The same function as ``BaseModel`` with a cache, but faster: matmuls with the same input are fused, and
+    torch.ops.recycle.attention_decode does RoPE, the cache append and attention.
     """
 
     def __init__(self, base: BaseModel, batch: int, length: int) -> None:
@@ -97,7 +100,7 @@ class _Writer:
         return qkv, bias, torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """tokens [batch] int64 -> hidden states [batch, d], after the final norm."""
+        """tokens [batch] int64 -> hidden states [batch, d] after the final norm, in the base's dtype."""
         config = self.base.config
         x = F.embedding(tokens, self.base.model.embed_tokens.weight)
         parts = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
@@ -111,7 +114,7 @@ class _Writer:
                 getattr(attention.q_norm, "weight", None),
                 getattr(attention.k_norm, "weight", None),
             )
-            mixed = torch.ops.recycle.attention_decode(
+            attended = torch.ops.recycle.attention_decode(
                 q.contiguous(),
                 k.contiguous(),
                 v.contiguous(),
@@ -121,7 +124,7 @@ class _Writer:
                 *(None if norm is None else norm.float() for norm in norms),
                 config.rms_norm_eps,
             )
-            x = x + attention.o_proj(mixed.view(len(x), -1).to(x.dtype))
+            x = x + attention.o_proj(attended.view(len(x), -1).to(x.dtype))
             gate, up = F.linear(layer.post_attention_layernorm(x), gate_up).chunk(2, -1)
             x = x + layer.mlp.down_proj(F.silu(gate) * up)
         self.lengths += 1
@@ -140,40 +143,42 @@ def write_text(
 ) -> tuple[Tensor, Tensor]:
     """Lets the base write ``batch`` sequences of ``length`` tokens.
 
-    ends: tokens after which a new prompt follows. progress: told how many tokens were written.
-    Returns tokens [batch, length] int64 and the hidden states they were written from
-    [batch, length, d], in the base's dtype, both on the CPU: row i is the state after token i.
+    ends: tokens after which a new prompt follows. progress: called with the number of tokens written since its last call.
+    Returns tokens [batch, length] int64 and hidden states [batch, length, d] in the base's dtype, both on the CPU; row i
+    of the states is the state after token i.
     """
     weight = base.lm_head.weight
     generator = torch.Generator().manual_seed(seed)
-    writer = _Writer(base, batch, length)
+    batched = _BatchedBase(base, batch, length)
     tokens = torch.empty(batch, length, dtype=torch.int64)
     hidden = torch.empty(batch, length, base.config.hidden_size, dtype=weight.dtype)
-    # One array for all steps: a fresh one of this size costs more than the product that fills it.
+    # One tensor for all steps: allocating one of this size takes longer than the matmul that fills it.
     logits = torch.empty(batch, len(weight), dtype=weight.dtype, device=weight.device)
     top_k = min(TOP_K, len(weight))
-    forced = [prompts.next() for _ in range(batch)]
-    hot = [HOT_TOKENS] * batch
-    settled = [TEMPERATURES[i % len(TEMPERATURES)] for i in range(batch)]
-    choice = [0] * batch
+    unread = [prompts.next() for _ in range(batch)]
+    n_varied = [VARIED_TOKENS] * batch
+    assigned = [TEMPERATURES[i % len(TEMPERATURES)] for i in range(batch)]
+    sampled = [0] * batch
     for position in range(length):
-        temperature = torch.tensor([1.0 if h > 0 else t for h, t in zip(hot, settled, strict=True)])
+        temperature = torch.tensor(
+            [1.0 if n > 0 else t for n, t in zip(n_varied, assigned, strict=True)]
+        )
         for row in range(batch):
-            if forced[row]:
-                tokens[row, position] = forced[row].pop(0)
+            if unread[row]:
+                tokens[row, position] = unread[row].pop(0)
                 continue
-            tokens[row, position] = choice[row]
-            hot[row] -= 1
-            if choice[row] in ends:
-                forced[row] = prompts.next()
-                hot[row] = HOT_TOKENS
-        state = writer(tokens[:, position].to(weight.device))
+            tokens[row, position] = sampled[row]
+            n_varied[row] -= 1
+            if sampled[row] in ends:
+                unread[row] = prompts.next()
+                n_varied[row] = VARIED_TOKENS
+        state = batched(tokens[:, position].to(weight.device))
         hidden[:, position] = state.to("cpu")
         torch.mm(state, weight.T, out=logits)
         values, ids = (part.to("cpu") for part in logits.topk(top_k))
-        # The argmax of logits + T * Gumbel noise draws from softmax(logits / T); T = 0: the largest.
+        # The argmax of logits + T * Gumbel noise is a sample of softmax(logits / T) (Gumbel-max trick).
         noise = torch.rand(batch, top_k, generator=generator).clamp_min_(1e-20).log_().neg_().log_()
         best = (values.float() - noise * temperature[:, None]).argmax(-1, keepdim=True)
-        choice = ids.gather(1, best)[:, 0].tolist()
+        sampled = ids.gather(1, best)[:, 0].tolist()
         progress(batch)
     return tokens, hidden

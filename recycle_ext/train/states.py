@@ -1,8 +1,8 @@
-"""Text with the base's hidden states, on disk: what a module on a frozen base is trained on.
+"""Text with the base's hidden states, on disk: the training data of a module for a frozen base.
 
-The base reads, or writes, each text once and its states are kept, because a pass over the base costs many
-times a step of the module. A shard is a safetensors file with tokens [n, T] int32 and hidden [n, T, d]
-bfloat16, h_i after token i; it is mapped into memory, not read, so that a run may have more of them than memory.
+The base reads, or writes, each text once and its states are stored, because a pass over the base costs many times a
+step of the module. A shard is a safetensors file with tokens [n, T] int32 and hidden [n, T, d] bfloat16, h_i after
+token i. Shards are mapped into memory, not read, so a run may have more of them than memory.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from recycle_ext.text.tokenizer import Tokenizer
 from recycle_ext.train.self_text import Prompts, write_text
 from recycle_ext.train.workers import Workers
 
-WRITTEN_AT_ONCE = 256  # sequences that the base writes together: a shard
-READ_AT_ONCE = 16
-READ_A_SHARD = 512
+WRITE_BATCH = 256  # sequences that the base writes together: one shard
+READ_BATCH = 16  # sequences that the base reads together
+READ_SHARD = 512  # sequences of a shard that the base reads
 
 
 class States:
-    """Shards, as one list of sequences.
+    """Shards as one list of sequences.
 
-    tokens: of each shard [n, T] int32; hidden: of each shard [n, T, d] bfloat16, or None where the base
-    is to run in every step (``online``).
+    shards: for each, tokens [n, T] int32 and hidden states [n, T, d] bfloat16; None in place of the states where the
+    base runs in every step (``--online``).
     """
 
     def __init__(self, shards: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         self.shards = shards
-        self.where = [(s, row) for s, shard in enumerate(shards) for row in range(len(shard[0]))]
+        self.rows = [(s, row) for s, shard in enumerate(shards) for row in range(len(shard[0]))]
 
     def __len__(self) -> int:
-        return len(self.where)
+        return len(self.rows)
 
     def tokens(self, index: Sequence[int] | None = None) -> Tensor:
-        """[n, T] int64 of some sequences; None: of all."""
-        chosen = self.where if index is None else [self.where[i] for i in index]
+        """Tokens [n, T] int64 of the sequences ``index``; None: of all."""
+        chosen = self.rows if index is None else [self.rows[i] for i in index]
         return torch.stack([self.shards[s][0][row] for s, row in chosen]).long()
 
     def hidden(self, index: Sequence[int]) -> Tensor | None:
-        """[n, T, d] bfloat16 of some sequences."""
+        """Hidden states [n, T, d] bfloat16 of the sequences ``index``; None where the shards have none."""
         if self.shards[0][1] is None:
             return None
-        return torch.stack([self.shards[s][1][row] for s, row in (self.where[i] for i in index)])
+        return torch.stack([self.shards[s][1][row] for s, row in (self.rows[i] for i in index)])
 
 
 def write_shard(file: Path, tokens: Tensor, hidden: Tensor, fingerprint: str) -> None:
-    """A reader sees the file whole, or not at all."""
+    """Writes a shard of the base with this fingerprint. A reader sees the file whole, or not at all."""
     part = file.with_suffix(".part")
     tensors = {
         "tokens": tokens.int().contiguous(),
@@ -65,7 +65,10 @@ def write_shard(file: Path, tokens: Tensor, hidden: Tensor, fingerprint: str) ->
 
 
 def read_shard(file: Path, fingerprint: str) -> tuple[Tensor, Tensor]:
-    """Tokens and hidden states of a shard, which must be of this base."""
+    """Tokens and hidden states of a shard.
+
+    Raises RecycleError for a damaged file, or where the fingerprint is of another base.
+    """
     try:
         with safe_open(file, "pt") as opened:
             if (opened.metadata() or {}).get("fingerprint") != fingerprint:
@@ -77,7 +80,7 @@ def read_shard(file: Path, fingerprint: str) -> tuple[Tensor, Tensor]:
         raise RecycleError(f"{file}: damaged ({error}); delete it and run again") from None
 
 
-def self_written(
+def write_shards(
     base: BaseModel,
     tokenizer: Tokenizer,
     folder: Path,
@@ -87,23 +90,25 @@ def self_written(
     seed: int,
     workers: Workers,
 ) -> list[tuple[Tensor, Tensor]]:
-    """At least ``n_tokens`` of text by the base itself. What is in ``folder`` already is not written again."""
+    """Shards in ``folder`` with at least ``n_tokens`` of text that the base writes. Existing shards are not written again."""
     ends = set(tokenizer.eos_token_ids)
     if len(end := tokenizer.encode("<|endoftext|>", add_bos=False)) == 1:
         ends |= set(end)
-    n_shards = -(-n_tokens // (WRITTEN_AT_ONCE * length))
+    n_shards = -(-n_tokens // (WRITE_BATCH * length))
     files = [folder / f"self-{seed}-{length}-{index:03d}.safetensors" for index in range(n_shards)]
-    total = n_shards * WRITTEN_AT_ONCE * length
-    with tqdm(total=total, desc="writing text", unit=" tokens", disable=not workers.leads) as bar:
+    total = n_shards * WRITE_BATCH * length
+    with tqdm(
+        total=total, desc="writing text", unit=" tokens", disable=not workers.is_leader
+    ) as bar:
         for index, file in enumerate(files):
             if file.exists():
                 read_shard(file, fingerprint)
-                bar.update(WRITTEN_AT_ONCE * length)
+                bar.update(WRITE_BATCH * length)
             elif index % workers.count == workers.rank:
                 shard_seed = 1000 + 1000 * seed + index
                 prompts = Prompts(tokenizer, shard_seed)
                 written = write_text(
-                    base, prompts, ends, WRITTEN_AT_ONCE, length, shard_seed, bar.update
+                    base, prompts, ends, WRITE_BATCH, length, shard_seed, bar.update
                 )
                 write_shard(file, *written, fingerprint)
     workers.wait()
@@ -111,33 +116,33 @@ def self_written(
 
 
 @torch.no_grad()
-def read_by(
+def read_shards(
     base: BaseModel, sequences: Tensor, folder: Path, fingerprint: str, workers: Workers
 ) -> list[tuple[Tensor, Tensor]]:
-    """The base's states of given sequences [n, T]."""
+    """Shards in ``folder`` with the base's states of given sequences [n, T]. Existing shards of the same text stay."""
     device = base.model.norm.weight.device
-    parts = sequences.split(READ_A_SHARD)
+    parts = sequences.split(READ_SHARD)
     files = [folder / f"read-{index:03d}.safetensors" for index in range(len(parts))]
-    with tqdm(total=len(sequences), desc="reading text", disable=not workers.leads) as bar:
+    with tqdm(total=len(sequences), desc="reading text", disable=not workers.is_leader) as bar:
         for index, (file, part) in enumerate(zip(files, parts, strict=True)):
             if file.exists() and torch.equal(read_shard(file, fingerprint)[0], part.int()):
                 bar.update(len(part))
             elif index % workers.count == workers.rank:
                 hidden = []
-                for some in part.split(READ_AT_ONCE):
-                    hidden.append(base(some.to(device)).to("cpu", torch.bfloat16))
-                    bar.update(len(some))
+                for batch in part.split(READ_BATCH):
+                    hidden.append(base(batch.to(device)).to("cpu", torch.bfloat16))
+                    bar.update(len(batch))
                 write_shard(file, part, torch.cat(hidden), fingerprint)
     workers.wait()
     return [read_shard(file, fingerprint) for file in files]
 
 
-def held_out(n_sequences: int, share: float) -> int:
-    """Sequences at the end that are not trained on."""
+def count_held_out(n_sequences: int, share: float) -> int:
+    """How many sequences at the end are not trained on: ``share`` of them, at least one."""
     return max(1, int(n_sequences * share))
 
 
 def batches(n: int, size: int) -> Iterator[range]:
-    """range(n) in pieces."""
+    """range(n) in parts of at most ``size``."""
     for start in range(0, n, size):
         yield range(start, min(start + size, n))

@@ -1,5 +1,6 @@
-"""The training loop: optimiser, schedule, average of the weights, checkpoints. It knows nothing of what is
-trained, but that a task gives a loss for the sequences it is handed.
+"""The training loop: optimizer, schedule, average of the weights, checkpoints.
+
+A task gives the loop its parameters and the loss of given sequences; the loop knows nothing else of what is trained.
 """
 
 from __future__ import annotations
@@ -7,77 +8,104 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from recycle_ext.errors import RecycleError
-from recycle_ext.train.workers import Workers
+from recycle_ext.train.workers import Workers, gradient_reduction
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What can be set; defaults are those of the shipped module."""
+    """Options of a run; the defaults are those of the shipped module."""
 
     steps: int = 2800
     batch_sequences: int = 16  # of a step, over all processes and micro-batches
     accumulate: int = 1  # micro-batches of a step
     learning_rate: float = 2e-3
     warmup_steps: int = 50
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    ema: float = 0.99  # of the weights; 0: none
+    weight_decay: float = 0.01  # of matrices
+    clip: float = 1.0  # max norm of the gradient
+    ema: float = 0.99  # decay of the weights' average; 0: no average
     seed: int = 0
-    evaluate_every: int = 150
+    evaluate_every: int = 150  # steps
     save_seconds: float = 240.0
 
 
+@dataclass(frozen=True)
+class TrainStep:
+    """One step of a run, counted from 1. loss: nats a row. figures: of the task's evaluate(), at some steps."""
+
+    number: int
+    loss: float
+    learning_rate: float
+    figures: dict[str, float] | None
+
+
 class Task(nn.Module):
-    """What is trained. forward(index) is the loss of the sequences ``index``, [] float32, its mean over
-    rows; evaluate() measures on what is held out. Parameters that require gradients are trained.
+    """What is trained: the parameters of its child modules.
+
+    forward(index) is the loss of the sequences ``index``, nats, [] float32, mean over rows.
     """
 
-    n_train: int
+    n_train: int  # sequences to train on
     fingerprint = ""  # of a frozen base
 
     def begin_step(self, done: float) -> None:
-        """Told before each step the share of the training that is done."""
+        """Called before each step with the share of the steps that are done, in [0, 1)."""
 
     def evaluate(self) -> dict[str, float]:
-        """Figures by name."""
+        """Figures on the held-out sequences, by name."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Writes what was trained."""
         raise NotImplementedError
 
 
+def rate_factor(step: int, options: TrainOptions) -> float:
+    """The learning rate of a step (from 0) in units of ``options.learning_rate``.
+
+    Linear warm-up, then a cosine down to a twentieth (SGDR, Loshchilov and Hutter 2017, eq. 5). A LambdaLR computes
+    each rate from its step: LinearLR and CosineAnnealingLR in sequence multiply up roundings and need a warm-up.
+    """
+    if step < options.warmup_steps:
+        return (step + 1) / options.warmup_steps
+    done = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential average of the weights, which begins as a copy of ``model``.
+
+    The decay grows to ``decay`` as (1 + n) / (10 + n) over the updates n, so that the first weights are soon forgotten.
+    """
+
+    def update(averaged: list[Tensor], current: list[Tensor], n_averaged: Tensor | int) -> None:
+        n = int(n_averaged)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, n_averaged)
+
+    average = AveragedModel(model, multi_avg_fn=update)
+    average.update_parameters(model)  # AveragedModel copies at its first update.
+    return average
+
+
 class Trainer:
-    """Trains a task. A step's sequences are the same whatever the number of processes and micro-batches."""
+    """Trains a task. A step's sequences are the same for every number of processes and micro-batches.
+
+    Raises RecycleError where the batch cannot be split, or is larger than the text.
+    """
 
     def __init__(self, task: Task, options: TrainOptions, workers: Workers) -> None:
-        self.task = task
-        self.options = options
-        self.workers = workers
-        self.parallel = workers.parallel(task)
-        self.trained = {n: p for n, p in task.named_parameters() if p.requires_grad}
-        parameters = list(self.trained.values())
-        self.optimizer = torch.optim.AdamW(
-            [
-                {
-                    "params": [p for p in parameters if p.dim() == 2],
-                    "weight_decay": options.weight_decay,
-                },
-                {"params": [p for p in parameters if p.dim() != 2], "weight_decay": 0.0},
-            ],
-            lr=options.learning_rate,
-            betas=(0.9, 0.95),
-        )
-        self.average = (
-            {n: p.detach().clone() for n, p in self.trained.items()} if options.ema else {}
-        )
-        self.step = 0
-        share = options.batch_sequences // (options.accumulate * workers.count)
-        if share * options.accumulate * workers.count != options.batch_sequences:
+        multiple = options.accumulate * workers.count
+        if options.batch_sequences % multiple:
             raise RecycleError(
                 f"--batch-sequences is {options.batch_sequences}; it must be a multiple of --accumulate "
                 f"times the processes, {options.accumulate} x {workers.count}"
@@ -87,70 +115,92 @@ class Trainer:
                 f"--batch-sequences is {options.batch_sequences}, and there are {task.n_train} sequences "
                 "to train on"
             )
-
-    def rate(self, step: int) -> float:
-        """Learning rate: linear warm-up, then a cosine down to a twentieth."""
-        options = self.options
-        if step < options.warmup_steps:
-            return options.learning_rate * (step + 1) / options.warmup_steps
-        done = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
-        return options.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+        self.task = task
+        self.options = options
+        self.workers = workers
+        self.parallel = workers.parallel(task)
+        parameters = list(task.parameters())
+        matrices = [p for p in parameters if p.dim() == 2]
+        others = [p for p in parameters if p.dim() != 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": options.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=options.learning_rate,
+            betas=(0.9, 0.95),
+        )
+        self.schedule = LambdaLR(self.optimizer, lambda step: rate_factor(step, options))
+        # The children alone: a copy of the task would copy its text too.
+        self._children = nn.ModuleDict(dict(task.named_children()))
+        self.average = averaged_model(self._children, options.ema) if options.ema else None
+        self.step = 0
 
     def batch(self, step: int) -> list[int]:
-        """Sequences of a step: each epoch a new order, the same after a resume."""
+        """The sequences of a step. The order is a function of seed and epoch, so a resumed run goes on with it."""
         size = self.options.batch_sequences
-        a_epoch = self.task.n_train // size
-        generator = torch.Generator().manual_seed(self.options.seed * 1000 + step // a_epoch)
+        steps_per_epoch = self.task.n_train // size
+        epoch, index = divmod(step, steps_per_epoch)
+        generator = torch.Generator().manual_seed(self.options.seed * 1000 + epoch)
         order = torch.randperm(self.task.n_train, generator=generator)
-        start = step % a_epoch * size
-        return order[start : start + size].tolist()
+        return order[index * size : (index + 1) * size].tolist()
 
     def train_step(self) -> float:
-        """One step; returns its loss."""
+        """One step of the optimizer; returns the loss, the mean over all processes.
+
+        A nonfinite loss leaves the weights as they are.
+        """
         options, workers = self.options, self.workers
         self.task.train()
         self.task.begin_step(self.step / options.steps)
-        mine = self.batch(self.step)[workers.rank :: workers.count]
-        size = len(mine) // options.accumulate
+        sequences = self.batch(self.step)[workers.rank :: workers.count]
+        size = len(sequences) // options.accumulate
         total = torch.zeros((), device=workers.device)
         for micro in range(options.accumulate):
-            loss = self.parallel(mine[micro * size : (micro + 1) * size]) / options.accumulate
-            loss.backward()
+            part = sequences[micro * size : (micro + 1) * size]
+            with gradient_reduction(self.parallel, enabled=micro == options.accumulate - 1):
+                loss = self.parallel(part) / options.accumulate
+                loss.backward()
             total += loss.detach()
-        loss = float(workers.sum(total)) / workers.count
-        if math.isfinite(loss):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate(self.step)
-            torch.nn.utils.clip_grad_norm_(self.trained.values(), options.clip)
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        mean = float(workers.sum(total)) / workers.count
         self.step += 1
-        if self.average:
-            # Young averages forget the start faster.
-            keep = min(options.ema, (1 + self.step) / (10 + self.step))
-            kept = list(self.average.values())
-            torch._foreach_lerp_(kept, [p.detach() for p in self.trained.values()], 1 - keep)
-        return loss
+        if math.isfinite(mean):
+            torch.nn.utils.clip_grad_norm_(self.task.parameters(), options.clip)
+            self.optimizer.step()
+            self.schedule.step()
+            if self.average is not None:
+                self.average.update_parameters(self._children)
+        self.optimizer.zero_grad()
+        return mean
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The task's figures, of the averaged weights."""
+        """The task's figures with the averaged weights."""
         self.task.eval()
         with self.averaged():
             return self.task.evaluate()
 
-    def averaged(self) -> _Swapped:
-        """Puts the averaged weights in place, for as long as the context lasts."""
-        return _Swapped(self.trained, self.average)
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Puts the averaged models into the task, for as long as the context lasts."""
+        average = self._children if self.average is None else self.average.module
+        try:
+            for name, model in average.items():
+                setattr(self.task, name, model)
+            yield
+        finally:
+            for name, model in self._children.items():
+                setattr(self.task, name, model)
 
     def save(self, path: Path) -> None:
-        """All that a resumed run needs. Another process reads the file whole, or the one before."""
-        if not self.workers.leads:
+        """Writes what a resumed run needs. A reader sees the new file whole, or the old one."""
+        if not self.workers.is_leader:
             return
         state = {
-            "trained": {n: p.detach() for n, p in self.trained.items()},
-            "average": self.average,
+            "weights": self.task.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
             "step": self.step,
             "base": self.task.fingerprint,
             "options": asdict(self.options),
@@ -160,67 +210,54 @@ class Trainer:
         part.replace(path)
 
     def load(self, path: Path) -> None:
-        """Continues from save()."""
+        """Continues from save(). Raises RecycleError for a file of another run or of an earlier version."""
         state: dict[str, Any] = torch.load(
             path, map_location=self.workers.device, weights_only=True
         )
+        if "schedule" not in state:
+            raise RecycleError(
+                f"--resume: {path} was written by an earlier version of recycle_ext; delete it and run again "
+                "without --resume (text and states beside it are used again)"
+            )
         if state["base"] != self.task.fingerprint:
             raise RecycleError(f"--resume: {path} is of another base model")
         for name, value in asdict(self.options).items():
-            # How often is told and saved changes nothing in what is trained.
+            # These two change nothing in what is trained.
             if name not in ("evaluate_every", "save_seconds") and state["options"][name] != value:
                 raise RecycleError(
                     f"--resume: {name} is {value}, and {path} was begun with {state['options'][name]}"
                 )
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                held = state["trained"].get(name)
-                if held is None or held.shape != parameter.shape:
-                    raise RecycleError(f"--resume: {path} is of a module of another shape ({name})")
-                parameter.copy_(held)
-        self.average = state["average"]
+        shapes = {name: value.shape for name, value in state["weights"].items()}
+        for name, value in self.task.state_dict().items():
+            if shapes.get(name) != value.shape:
+                raise RecycleError(f"--resume: {path} is of a module of another shape ({name})")
+        self.task.load_state_dict(state["weights"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
         self.step = state["step"]
 
-    def run(self, checkpoint: Path) -> Iterator[tuple[int, float, dict[str, float] | None]]:
-        """Trains to the last step, saving on the way; yields step, loss and, at times, the figures."""
+    def run(self, checkpoint: Path) -> Iterator[TrainStep]:
+        """Trains to the last step, saves to ``checkpoint`` on the way, and yields each step.
+
+        Raises RecycleError at the first nonfinite loss; the checkpoint then holds the last finite state saved.
+        """
         options = self.options
         saved = time.monotonic()
         while self.step < options.steps:
+            rate = self.schedule.get_last_lr()[0]
             loss = self.train_step()
             if not math.isfinite(loss):
-                good = (
-                    f"the last good state is {checkpoint}"
-                    if checkpoint.exists()
-                    else "none was saved"
-                )
+                exists = checkpoint.exists()
+                good = f"the last good state is {checkpoint}" if exists else "none was saved"
                 raise RecycleError(
                     f"training: the loss is {loss} at step {self.step}; {good}. "
                     "A smaller --lr or --clip may help."
                 )
-            last = self.step == options.steps
-            if last or time.monotonic() - saved > options.save_seconds:
+            is_last = self.step == options.steps
+            if is_last or time.monotonic() - saved > options.save_seconds:
                 self.save(checkpoint)
                 saved = time.monotonic()
-            told = self.step % options.evaluate_every == 0 or last
-            yield self.step, loss, self.evaluate() if told else None
-
-
-class _Swapped:
-    """Context: some tensors in the place of parameters."""
-
-    def __init__(self, parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-        self.pairs = [(parameters[name], value) for name, value in values.items()]
-
-    def _swap(self) -> None:
-        with torch.no_grad():
-            for parameter, value in self.pairs:
-                held = parameter.detach().clone()
-                parameter.copy_(value)
-                value.copy_(held)
-
-    def __enter__(self) -> None:
-        self._swap()
-
-    def __exit__(self, *error: object) -> None:
-        self._swap()
+            is_measured = is_last or self.step % options.evaluate_every == 0
+            yield TrainStep(self.step, loss, rate, self.evaluate() if is_measured else None)

@@ -1,8 +1,9 @@
-"""One process, or several started by torchrun, through torch.distributed."""
+"""The processes of a run: one, or several that torchrun started and torch.distributed connects."""
 
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,24 +17,24 @@ from recycle_ext.reference.model import BaseModel
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among ``count``, and the device it trains on."""
+    """This process (``rank``) among ``count``, and the device it trains on."""
 
     rank: int
     count: int
     device: torch.device
 
     @property
-    def leads(self) -> bool:
-        """Whether this process reports and saves."""
+    def is_leader(self) -> bool:
+        """Whether this process is rank 0, which alone reports and saves."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Returns when all processes have called it."""
         if self.count > 1:
             dist.barrier()
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over all processes, in place."""
+        """The sum of ``values`` over all processes, in place."""
         if self.count > 1:
             dist.all_reduce(values)
         return values
@@ -46,8 +47,10 @@ class Workers:
         return DistributedDataParallel(task, device_ids=ids)
 
     def shard(self, base: BaseModel) -> None:
-        """Splits a frozen base's weights over the processes (FSDP2), layer by layer, so that no device need
-        hold more of them than its share and one layer. Embedding and head stay whole.
+        """Splits a frozen base's weights over the processes (FSDP2), layer by layer.
+
+        A device then holds its share of the layers and at most one whole layer. Embedding and head stay whole. A
+        frozen base has no gradients, so set_requires_gradient_sync has nothing to postpone here.
         """
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -57,8 +60,15 @@ class Workers:
             fully_shard(layer, mesh=mesh)
 
 
+def gradient_reduction(task: nn.Module, enabled: bool) -> AbstractContextManager:
+    """The context of a forward and backward pass: ``enabled`` is whether its gradients are reduced over the processes."""
+    if enabled or not isinstance(task, DistributedDataParallel):
+        return nullcontext()
+    return task.no_sync()
+
+
 def join(device: str) -> Workers:
-    """Takes torchrun's environment variables, if it started this process."""
+    """Joins the processes of torchrun, if it started this one. Raises RecycleError for a GPU that is not there."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise RecycleError(f"--device is {device}; this torch sees no NVIDIA GPU")
@@ -72,6 +82,6 @@ def join(device: str) -> Workers:
 
 
 def leave(workers: Workers) -> None:
-    """The counterpart of join()."""
+    """Undoes join()."""
     if workers.count > 1:
         dist.destroy_process_group()
