@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recycle_ext import _C
 from recycle_ext.decoding.cuda_graph import GraphedStep
-from recycle_ext.decoding.draft_policy import DraftPolicy, Experience
+from recycle_ext.decoding.draft_policy import DraftPolicy, StepHistory
 from recycle_ext.decoding.kv_cache import CACHE_DTYPES, row_elements
 from recycle_ext.decoding.step import SequenceStep, Step
 from recycle_ext.errors import RecycleError
@@ -105,7 +105,7 @@ class Decoder:
             0 if mode == "standard" else _C.MAX_DRAFTS if drafts == AUTO else drafts
         )
         if mode != "standard" and drafts == AUTO:
-            self.policy = DraftPolicy(self._experience(batch, temperature == 0))
+            self.policy = DraftPolicy(self._step_history(batch, temperature == 0))
         self.num_draft_tokens = (
             self._max_draft_tokens if self.policy is None else self.policy.choose()
         )
@@ -151,10 +151,10 @@ class Decoder:
         self._graphs: dict[int, GraphedStep] = {}  # by drafts
         self.steps = 0
 
-    def _experience(self, batch: int, greedy: bool) -> Experience:
+    def _step_history(self, batch: int, greedy: bool) -> StepHistory:
         """What decoders of this model share, for this batch, sampling and number of threads."""
         return self.model.shared.setdefault(
-            (batch, greedy, _C.n_threads()), Experience(_C.MAX_DRAFTS)
+            (batch, greedy, _C.n_threads()), StepHistory(_C.MAX_DRAFTS)
         )
 
     def _views(self, num_draft_tokens: int) -> tuple[Tensor, Tensor]:
