@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recycle_ext import _C
 from recycle_ext.decoding.cuda_graph import GraphedStep
-from recycle_ext.decoding.draft_policy import DraftPolicy, Experience
+from recycle_ext.decoding.draft_policy import DraftPolicy, StepHistory
 from recycle_ext.decoding.kv_cache import CACHE_DTYPES, row_elements
 from recycle_ext.decoding.step import SequenceStep, Step
 from recycle_ext.errors import RecycleError
@@ -111,7 +111,7 @@ class Decoder:
             max_draft_tokens = 0
         elif drafts == AUTO:
             max_draft_tokens = _C.MAX_DRAFTS
-            self.policy = DraftPolicy(self._experience(batch, greedy))
+            self.policy = DraftPolicy(self._step_history(batch, greedy))
         else:
             max_draft_tokens = drafts
         self._max_draft_tokens = max_draft_tokens
@@ -150,9 +150,9 @@ class Decoder:
             _C.use_huge_pages(cache.view(torch.uint8).numpy())
         return cache
 
-    def _experience(self, batch: int, greedy: bool) -> Experience:
+    def _step_history(self, batch: int, greedy: bool) -> StepHistory:
         """What decoders of this model share, for this batch, sampling and number of threads."""
-        return self.model.shared.setdefault((batch, greedy, _C.n_threads()), Experience(_C.MAX_DRAFTS))
+        return self.model.shared.setdefault((batch, greedy, _C.n_threads()), StepHistory(_C.MAX_DRAFTS))
 
     def _views(self, num_draft_tokens: int) -> tuple[Tensor, Tensor]:
         """pending [batch, n + 1] and draft_probs [batch, n, draft vocabulary], for n draft tokens."""
