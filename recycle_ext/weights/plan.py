@@ -139,8 +139,7 @@ class PlanWriter:
             if ids is None:
                 rows = _rows(source, format, start, stop)
             else:
-                first, last = int(ids[start]), int(ids[stop - 1]) + 1
-                rows = _rows(source, format, first, last)[ids[start:stop] - first]
+                rows = _selected_rows(source, format, ids[start:stop])
             pack_rows(rows, format, n, k, start, packed)
         return entries
 
@@ -175,6 +174,18 @@ class PlanWriter:
         offset = self.bytes
         self.bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
         return offset
+
+
+def _selected_rows(source: TensorSource, format: str, ids: Tensor) -> Tensor:
+    """Rows ``ids`` (ascending) of a matrix; at most _ROWS_AT_ONCE rows of the file are in memory at a time."""
+    parts = []
+    end = int(ids[-1]) + 1
+    for first in range(int(ids[0]), end, _ROWS_AT_ONCE):
+        last = min(first + _ROWS_AT_ONCE, end)
+        wanted = ids[(ids >= first) & (ids < last)] - first
+        if len(wanted):
+            parts.append(_rows(source, format, first, last)[wanted])
+    return torch.cat(parts)
 
 
 def _rows(source: TensorSource, format: str, start: int, stop: int) -> Tensor:
