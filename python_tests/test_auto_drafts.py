@@ -1,8 +1,9 @@
-"""Decoder(drafts="auto"): what the policy chooses is done, what happens is told to it, and the text stays."""
+"""Decoder(drafts="auto"): the decoder follows the policy, reports each step to it, and keeps the text."""
 
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ CHOICES = [0, 0, 1, 3, 3, 0, 4, 2, 2, 2, 1, 0, 1]
 
 
 class Script:
-    """A policy that says what it is told to."""
+    """A policy with given choices."""
 
     def __init__(self, choices) -> None:
         self.choices = itertools.cycle(choices)
@@ -42,7 +43,7 @@ def standard(packed, n) -> list[int]:
     return list(Decoder(packed, "standard", capacity=len(PROMPT) + n).stream(PROMPT))
 
 
-def test_the_policy_is_followed_and_told_what_happened(packed, monkeypatch):
+def test_decoder_follows_the_policy_and_reports_each_step(packed, monkeypatch):
     clock = itertools.count(100)
     monkeypatch.setattr(decoder_module.time, "perf_counter", lambda: next(clock))
     decoder = Decoder(packed, drafts="auto", batch=3, capacity=100)
@@ -55,27 +56,27 @@ def test_the_policy_is_followed_and_told_what_happened(packed, monkeypatch):
         assert script.seen[-1] == (k, [int(counts[0]) - 1, int(counts[2]) - 1], 1)
 
 
-def test_the_real_policy_writes_what_standard_writes(packed):
+def test_auto_drafts_equal_standard(packed):
     expected = standard(packed, 300)
     for _ in range(2):
         decoder = Decoder(packed, drafts="auto", capacity=len(PROMPT) + 300)
         assert list(decoder.stream(PROMPT)) == expected
-    (experience,) = packed.shared.values()
-    assert experience.is_priced(1)
-    assert experience.acceptance.means[0] != pytest.approx(0.4)
+    (history,) = packed.shared.values()
+    assert history.costs()[1] < math.inf
+    assert history.acceptance.shares[0] != pytest.approx(0.4)
 
 
-def test_what_is_learnt_goes_with_the_kind_of_step(packed):
+def test_history_is_shared_by_batch_and_greediness(packed):
     decoders = [
         Decoder(packed, drafts="auto", batch=batch, temperature=temperature)
         for batch, temperature in ((1, 0), (1, 1), (2, 0), (1, 0))
     ]
-    shared = [decoder.policy._experience for decoder in decoders]
+    shared = [decoder.policy._history for decoder in decoders]
     assert shared[0] is shared[3]
-    assert len({id(experience) for experience in shared}) == 3
+    assert len({id(history) for history in shared}) == 3
 
 
-def test_a_prompt_is_read_by_the_module_too_where_the_first_step_has_no_drafts(packed):
+def test_prefill_without_draft_tokens_fills_the_module_cache(packed):
     decoder = Decoder(packed, drafts="auto", capacity=100)
     decoder.policy = Script([0])
     decoder.set_num_draft_tokens(0)
@@ -86,7 +87,7 @@ def test_a_prompt_is_read_by_the_module_too_where_the_first_step_has_no_drafts(p
 
 
 class OnCpu:
-    """GraphedStep's part on the CPU: a step runs when it is started, and is told when it is read."""
+    """GraphedStep on the CPU: start() runs the step, read() returns its results."""
 
     def __init__(self, arguments) -> None:
         self.arguments = arguments
@@ -108,7 +109,7 @@ class OnCpu:
         self.results.clear()
 
 
-def test_steps_started_ahead_are_read_before_k_changes(packed, monkeypatch):
+def test_started_steps_are_read_before_k_changes(packed, monkeypatch):
     monkeypatch.setattr(decoder_module, "GraphedStep", OnCpu)
     expected = standard(packed, 200)
     decoder = Decoder(packed, drafts="auto", capacity=len(PROMPT) + 200)
@@ -118,11 +119,11 @@ def test_steps_started_ahead_are_read_before_k_changes(packed, monkeypatch):
     ks = [k for k, _, _ in script.seen]
     assert set(ks) == {0, 1, 2, 4}
     assert len(decoder._graphs) == 4
-    # A step that was under way when the policy changed its mind still has the old k.
+    # A step that was started before the policy changed k has the old k.
     assert ks[:8] == [0, 0, 0, 0, 2, 2, 2, 2]
 
 
-def test_a_new_prompt_beside_one_under_way(packed, monkeypatch):
+def test_prefill_beside_a_running_sequence_keeps_its_text(packed, monkeypatch):
     monkeypatch.setattr(decoder_module, "GraphedStep", OnCpu)
     expected = standard(packed, 60)
     decoder = Decoder(packed, drafts="auto", batch=2, capacity=len(PROMPT) + 60)
