@@ -79,7 +79,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         help="text that the base writes, from the prompts in recycle_ext/train/prompts.txt",
     )
     add("--length", type=int, default=384, help="tokens of a sequence")
-    add("--held-out", type=float, default=0.02, help="share of the sequences kept for measuring")
+    add("--held-out", type=float, default=0.02, help="share of the sequences for measuring alone")
     add("--online", action="store_true", help="run the base in each step and store no states")
 
 

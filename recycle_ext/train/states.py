@@ -80,7 +80,7 @@ def read_shard(file: Path, fingerprint: str) -> tuple[Tensor, Tensor]:
         raise RecycleError(f"{file}: damaged ({error}); delete it and run again") from None
 
 
-def write_shards(
+def shards_of_written_text(
     base: BaseModel,
     tokenizer: Tokenizer,
     folder: Path,
@@ -90,7 +90,10 @@ def write_shards(
     seed: int,
     workers: Workers,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Shards in ``folder`` with at least ``n_tokens`` of text that the base writes. Existing shards are not written again."""
+    """Shards in ``folder`` with at least ``n_tokens`` of text that the base writes.
+
+    Existing shards are not written again. Each process writes its share.
+    """
     ends = set(tokenizer.eos_token_ids)
     if len(end := tokenizer.encode("<|endoftext|>", add_bos=False)) == 1:
         ends |= set(end)
@@ -116,10 +119,13 @@ def write_shards(
 
 
 @torch.no_grad()
-def read_shards(
+def shards_of_given_text(
     base: BaseModel, sequences: Tensor, folder: Path, fingerprint: str, workers: Workers
 ) -> list[tuple[Tensor, Tensor]]:
-    """Shards in ``folder`` with the base's states of given sequences [n, T]. Existing shards of the same text stay."""
+    """Shards in ``folder`` with the base's states of given sequences [n, T] int64.
+
+    Existing shards of the same text stay. Each process computes its share.
+    """
     device = base.model.norm.weight.device
     parts = sequences.split(READ_SHARD)
     files = [folder / f"read-{index:03d}.safetensors" for index in range(len(parts))]

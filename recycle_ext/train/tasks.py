@@ -20,7 +20,12 @@ from recycle_ext.train.draft_vocab import frequent_tokens
 from recycle_ext.train.frozen import FrozenBase, Targets, initial_module
 from recycle_ext.train.joint import Joint, initial_weights, save_base, train_tokenizer
 from recycle_ext.train.options import TARGETS
-from recycle_ext.train.states import States, count_held_out, read_shards, write_shards
+from recycle_ext.train.states import (
+    States,
+    count_held_out,
+    shards_of_given_text,
+    shards_of_written_text,
+)
 from recycle_ext.train.workers import Workers
 from recycle_ext.weights.pack import check_sizes
 
@@ -97,7 +102,7 @@ def _shards(
     """The text, as States takes it: given or written by the base, with states unless --online."""
     tokenizer, fingerprint = checkpoint.tokenizer, checkpoint.fingerprint
     if not options.text:
-        shards = write_shards(
+        shards = shards_of_written_text(
             reader,
             tokenizer,
             folder,
@@ -111,7 +116,7 @@ def _shards(
     sequences = packed(tokenizer, documents(options.text, options.text_field), options.length)
     if options.online:
         return [(sequences, None)]
-    return read_shards(reader, sequences, folder, fingerprint, workers)
+    return shards_of_given_text(reader, sequences, folder, fingerprint, workers)
 
 
 def _load_start(module: RecyclableModule, start: ModuleCheckpoint) -> None:

@@ -73,8 +73,8 @@ class Task(nn.Module):
 def rate_factor(step: int, options: TrainOptions) -> float:
     """The learning rate of a step (from 0) in units of ``options.learning_rate``.
 
-    Linear warm-up, then a cosine down to a twentieth (SGDR, Loshchilov and Hutter 2017, eq. 5). A LambdaLR computes
-    each rate from its step: LinearLR and CosineAnnealingLR in sequence multiply up roundings and need a warm-up.
+    Linear warm-up, then a cosine down to a twentieth (SGDR, Loshchilov and Hutter 2017, eq. 5). For LambdaLR, because
+    LinearLR and CosineAnnealingLR in sequence need at least one step of warm-up.
     """
     if step < options.warmup_steps:
         return (step + 1) / options.warmup_steps
@@ -176,8 +176,8 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The task's figures with the averaged weights."""
-        self.task.eval()
         with self.averaged():
+            self.task.eval()
             return self.task.evaluate()
 
     @contextmanager
