@@ -1,5 +1,5 @@
-# The kernels for each instruction set are one source compiled with that set's flags; which of them runs is
-# decided at run time (csrc/cpu/dispatch.cpp). Nothing else gets such flags.
+# The CPU kernels are one source, compiled once for each instruction set with its flags. csrc/cpu/dispatch.cpp chooses
+# among them at run time. No other source gets such flags.
 include(CheckCXXSourceCompiles)
 
 function(recycle_cpu_options target)
@@ -7,8 +7,8 @@ function(recycle_cpu_options target)
   target_compile_options(${target} PRIVATE -O3 -ffp-contract=off -Wall -Wextra)
 endfunction()
 
-# Adds csrc/cpu/kernels/kernels_*.cpp to `target`, and RECYCLE_HAVE_* for what was added: generic always, the
-# others where processor and compiler know them. Sets RECYCLE_CPU_TARGETS.
+# Adds csrc/cpu/kernels/kernels_*.cpp to `target`, and defines RECYCLE_HAVE_* for each: generic always, the others if
+# the target processor is x86-64 and the compiler knows their flags. Sets RECYCLE_CPU_TARGETS.
 function(recycle_add_isa_kernels target)
   set(added generic)
   set(folder ${PROJECT_SOURCE_DIR}/csrc/cpu/kernels)

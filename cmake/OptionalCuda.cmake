@@ -1,7 +1,8 @@
 # The CUDA backend, a library of its own: librecycle_cuda.so, which recycle_ext loads where torch has CUDA.
-# RECYCLE_CUDA=AUTO builds it where there is a CUDA compiler, ON fails where there is none, OFF never looks.
+# RECYCLE_CUDA: AUTO builds it if there is a CUDA compiler, ON fails if there is none, OFF never looks for one.
 #
-# It needs no CUDA in the torch it is built against, and has the CUDA runtime inside. Sets RECYCLE_CUDA_STATUS.
+# The library links the CUDA runtime statically, so that it also builds against a torch without CUDA.
+# Sets RECYCLE_CUDA_STATUS.
 set(RECYCLE_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO, ON or OFF")
 set(RECYCLE_CUDA_ARCHITECTURES "" CACHE STRING
   "As CMAKE_CUDA_ARCHITECTURES; empty: the GPU of this machine, or sm_80, sm_90a and PTX where there is none")
@@ -20,7 +21,7 @@ else()
     string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" _ "${_version}")
     set(RECYCLE_CUDA_COMPILER "${_nvcc} (${CMAKE_MATCH_1})")
     if(CMAKE_MATCH_1 VERSION_LESS 12.3)
-      # C++20, and launches that overlap inside a graph.
+      # Older ones lack C++20, and overlapping launches inside a CUDA graph.
       set(RECYCLE_CUDA_STATUS "off (CUDA 12.3 or newer is needed)")
     else()
       set(RECYCLE_CUDA_FOUND TRUE)
@@ -69,13 +70,13 @@ if(RECYCLE_CUDA_FOUND)
   set(RECYCLE_CUDA_STATUS "on (${CMAKE_CUDA_ARCHITECTURES})")
 endif()
 
-# The library. No multiplication is fused with an addition unless the source says so: the bits of a row would then
-# depend on how the compiler wrote the kernel for one row or for eight.
+# -fmad=false: a multiplication and an addition are fused only where the source says fmaf. Otherwise the bits of a row
+# would depend on what the compiler fuses in the kernel for one row and in the kernel for eight.
 function(recycle_add_cuda)
   if(NOT RECYCLE_CUDA_FOUND)
     return()
   endif()
-  set(kernels attention device_info gate_up linear lm_head qkv sampling select single_ops step)
+  set(kernels attention attention_decode device_info gate_up linear lm_head qkv recycle_head sampling select step)
   list(TRANSFORM kernels PREPEND csrc/cuda/)
   list(TRANSFORM kernels APPEND .cu)
   add_library(recycle_cuda SHARED ${kernels} csrc/common/plan.cpp csrc/bindings/cuda_ops.cpp)
@@ -87,7 +88,7 @@ function(recycle_add_cuda)
   set_target_properties(recycle_cuda PROPERTIES SKIP_BUILD_RPATH ON)
   install(TARGETS recycle_cuda LIBRARY DESTINATION recycle_ext)
 
-  # `cmake --build BUILD --target cuda_resources`: registers and spills of every kernel; fails where one spills.
+  # `cmake --build BUILD --target cuda_resources` prints every kernel's registers and spills, and fails on a spill.
   add_custom_target(cuda_resources
     COMMAND ${Python_EXECUTABLE} ${PROJECT_SOURCE_DIR}/cmake/cuda_resources.py ${CMAKE_CUDA_COMPILER}
     VERBATIM)

@@ -1,8 +1,7 @@
 # The target recycle_torch: headers and library of the installed torch, for the LibTorch Stable ABI.
 #
-# Not find_package(Torch): it looks for CUDA when torch was built with it, and the Stable ABI needs
-# nothing of what it sets up. No RPATH: the running torch is loaded before recycle_ext._C, and the loader
-# then finds libtorch_cpu by its name, whichever torch it belongs to.
+# find_package(Torch) is not used: it requires CUDA if torch was built with it, and the Stable ABI needs nothing that
+# it sets up. There is no RPATH: Python loads torch before recycle_ext._C, so the loader finds libtorch_cpu by its name.
 set(RECYCLE_TORCH_DIR "" CACHE PATH "The installed package torch; empty: the one Python finds")
 if(NOT RECYCLE_TORCH_DIR)
   execute_process(
@@ -28,6 +27,6 @@ find_library(RECYCLE_TORCH_LIBRARY torch_cpu PATHS ${RECYCLE_TORCH_DIR}/lib
   NO_DEFAULT_PATH NO_CACHE REQUIRED)
 add_library(recycle_torch INTERFACE)
 target_include_directories(recycle_torch SYSTEM INTERFACE ${RECYCLE_TORCH_DIR}/include)
-# What the oldest torch we run on (2.10) offers.
+# The Stable ABI of torch 2.10, the oldest supported version.
 target_compile_definitions(recycle_torch INTERFACE TORCH_TARGET_VERSION=0x020a000000000000)
 target_link_libraries(recycle_torch INTERFACE ${RECYCLE_TORCH_LIBRARY})

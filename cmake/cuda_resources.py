@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels and prints what each takes of a multiprocessor; fails if one spills registers to memory.
+"""Compiles the CUDA kernels and prints their registers and spilled bytes; fails if a kernel spills.
 
 usage: cuda_resources.py NVCC [ARCHITECTURE ...]     architectures: sm_80 sm_90a unless given
 """
@@ -24,7 +24,7 @@ FLAGS = [
 
 
 def compile_report(nvcc: str, source: Path, architecture: str) -> list[tuple[str, str, int, int]]:
-    """(architecture, kernel, registers, spilled bytes) for each kernel of a file."""
+    """(architecture, mangled name, registers, spilled bytes) of each kernel of a file."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "kernels.cubin")
         includes = [f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc' / 'cuda'}"]

@@ -11,17 +11,17 @@ import torch
 from recycle_ext import _C
 from recycle_ext.checkpoint.default_model import default_model_path
 
-# One example may take a while on a shared machine; that is not what is tested.
+# No deadline: on a shared machine a single example can take seconds.
 hypothesis.settings.register_profile("recycle", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("recycle")
 
-# A shell that runs the tests in the background makes them ignore Ctrl-C, and with them the programs they
-# start and interrupt.
+# A shell that starts pytest in the background makes the process ignore SIGINT, and its child processes inherit that.
+# Some tests interrupt child processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that need more than this package and its extras run only when they are asked for."""
+    """Skips the vLLM tests, which need an environment of their own, unless ``-m vllm`` asks for them."""
     if "vllm" in config.option.markexpr:
         return
     skip = pytest.mark.skip(reason="opt-in: `pytest -m vllm`, with the set-up in CONTRIBUTING.md")
@@ -30,9 +30,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
+def pytest_report_header() -> str:
+    """Names the instruction sets, because tests of the others do not run."""
+    built, tested = _C.build_info()["cpu_targets"], ", ".join(_C.runnable_isas())
+    return f"recycle_ext: built for {built}; this processor runs {tested}"
+
+
 @pytest.fixture(params=_C.runnable_isas())
 def isa(request) -> Iterator[str]:
-    """Each instruction set of this build that this processor runs."""
+    """Runs a test with each instruction set that this build has and this processor runs."""
     _C.force_isa(request.param)
     yield request.param
     _C.force_isa(None)
@@ -44,12 +50,12 @@ THREADS, TORCH_THREADS = _C.n_threads(), torch.get_num_threads()
 @pytest.fixture(autouse=True)
 def _same_settings_for_every_test() -> Iterator[None]:
     yield
-    # Not what it was before this test: a fixture of a whole file may have changed it.
+    # The numbers at the start of the session: a fixture of a whole file may have changed those before this test.
     _C.set_n_threads(THREADS)
     torch.set_num_threads(TORCH_THREADS)
 
 
 @pytest.fixture(scope="session")
 def default_model() -> Path:
-    """SmolLM2-135M-Instruct, fetched once a machine."""
+    """The file of SmolLM2-135M-Instruct; fetched on a machine's first run."""
     return default_model_path()

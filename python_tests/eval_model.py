@@ -1,4 +1,4 @@
-"""What python -m recycle_ext.eval is tested on: a tiny model with a module, prompts and cloze items."""
+"""A tiny model with a module, prompts and cloze items, for the tests of python -m recycle_ext.eval."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEW_TOKENS = 24
 
 
 def write_model(folder: Path) -> Path:
-    """A tiny base with a tokenizer of single bytes; beside it ``module``, a prompt file and a cloze file."""
+    """A tiny base model with a tokenizer of single bytes; beside it ``module``, a prompt file and a cloze file."""
     base = write_base(folder, vocab_size=write_byte_tokenizer(folder), n_layers=1)
     write_module(folder.parent / "module", base, like_base=True)
     for name, lines in (("prompts.jsonl", PROMPTS), ("cloze.jsonl", CLOZE)):
@@ -37,14 +37,7 @@ def write_model(folder: Path) -> Path:
 
 def options_for(model: Path) -> list[str]:
     folder = model.parent
-    options = [
-        "--model",
-        model,
-        "--module",
-        folder / "module",
-        "--prompts",
-        folder / "prompts.jsonl",
-    ]
+    options = ["--model", model, "--module", folder / "module", "--prompts", folder / "prompts.jsonl"]
     options += ["--cloze", folder / "cloze.jsonl", "--max-new-tokens", NEW_TOKENS, "--threads", 1]
     return [*map(str, options), "--dtype", "f32"]
 
@@ -57,9 +50,7 @@ def model_of_transformers(model: Path):
 
 @torch.no_grad()
 def likelihoods_of_transformers(model: Path, prompt: list[int], text: list[int]):
-    """Log-likelihoods and picks, from another reader of the same weights."""
-    logits = model_of_transformers(model)(torch.tensor([[*prompt, *text]])).logits[
-        0, len(prompt) - 1 : -1
-    ]
+    """Log-likelihoods and argmax tokens, from transformers with the same weights."""
+    logits = model_of_transformers(model)(torch.tensor([[*prompt, *text]])).logits[0, len(prompt) - 1 : -1]
     rows = torch.arange(len(text))
     return logits.log_softmax(-1)[rows, torch.tensor(text)], logits.argmax(-1)

@@ -1,4 +1,4 @@
-"""Small random models for tests, on disk as real checkpoints are."""
+"""Small random models for tests, written to disk in the formats of real checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_base(
     tied: bool = True,
     context: int = 512,
 ) -> Checkpoint:
-    """A random base model as a Hugging Face directory."""
+    """Writes a random base model as a Hugging Face directory, and opens it."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": [ARCHITECTURES[architecture]],
@@ -65,7 +65,7 @@ def write_base(
 
 
 def _shapes(architecture: str, config: dict) -> dict[str, tuple[int, ...]]:
-    """Names and shapes as Hugging Face writes them."""
+    """Tensor names of Hugging Face, and their shapes."""
     d, inner = config["hidden_size"], config["intermediate_size"]
     size = config["head_dim"]
     q, kv = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
@@ -94,7 +94,7 @@ def _shapes(architecture: str, config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
-    """Values of a size that keeps activations near one and logits apart."""
+    """Random values of a scale that keeps activations near one, and logits further apart than rounding errors."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():
@@ -116,10 +116,10 @@ def write_module(
     draft_vocab_size: int = 0,
     like_base: bool = False,
 ) -> ModuleCheckpoint:
-    """A random module for ``base``.
+    """Writes a random recyclable module for ``base``, and opens it.
 
-    like_base (with norms): the base's last layer on the next token's embedding, which is right now and
-    then.
+    A random module's draft tokens are hardly ever accepted. like_base (with norms): the module is the base's last
+    layer, applied to the next token's embedding; some of its draft tokens are accepted.
     """
     b = base.config
     config = ModuleConfig(
@@ -158,7 +158,7 @@ def write_module(
 
 
 def _imitate(tensors: dict[str, torch.Tensor], base: Checkpoint) -> None:
-    """The module becomes the base's last layer, fed with the next token's embedding alone."""
+    """Replaces the module by the base's last layer, applied to the next token's embedding alone."""
     d = base.config.hidden_size
     last = f"model.layers.{base.config.n_layers - 1}."
     for name, source in base.tensors.items():
@@ -170,7 +170,7 @@ def _imitate(tensors: dict[str, torch.Tensor], base: Checkpoint) -> None:
 
 
 def reference_base(base: Checkpoint, dtype: torch.dtype = torch.float64) -> BaseModel:
-    """The same model in plain PyTorch."""
+    """The base model in plain PyTorch."""
     model = BaseModel(base.config)
     model.load_state_dict(base.state_dict())
     return model.to(dtype).eval()
@@ -179,14 +179,14 @@ def reference_base(base: Checkpoint, dtype: torch.dtype = torch.float64) -> Base
 def reference_module(
     module: ModuleCheckpoint, dtype: torch.dtype = torch.float64
 ) -> RecyclableModule:
-    """The same module in plain PyTorch."""
+    """The module in plain PyTorch."""
     model = RecyclableModule(module.config)
     model.load_state_dict(module.state_dict())
     return model.to(dtype).eval()
 
 
 def write_byte_tokenizer(folder: Path) -> int:
-    """A tokenizer of single bytes for the base in ``folder``; returns the size of its vocabulary."""
+    """Writes a tokenizer of single bytes for the base in ``folder``; returns the size of its vocabulary, 258."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     vocabulary = {letter: index for index, letter in enumerate(["<s>", "</s>", *sorted(alphabet)])}
     backend = Backend(tokenizer_models.BPE(vocabulary, []))

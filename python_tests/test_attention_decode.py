@@ -9,7 +9,7 @@ from tolerance import assert_as_good_as
 
 from recycle_ext import _C
 from recycle_ext.checkpoint.config import rope_inv_freq
-from recycle_ext.ops.functional import rope_tables, apply_rope
+from recycle_ext.ops.functional import apply_rope, rope_tables
 from recycle_ext.reference import ops as reference_ops
 from recycle_ext.reference.ops import from_rows, to_rows
 
@@ -49,7 +49,7 @@ def cast(arguments, dtype, cache_dtype):
     [
         ([0], 1, 4, 4, 16),
         ([5], 1, 9, 3, 64),
-        ([63], 2, 9, 3, 64),  # the second row opens a new chunk of 64
+        ([63], 2, 9, 3, 64),  # the second row is the first of a new chunk of 64
         ([130, 0, 64], 3, 8, 2, 32),
         ([1], 4, 4, 1, 128),
         ([200, 7], 5, 6, 3, 48),
@@ -58,10 +58,12 @@ def cast(arguments, dtype, cache_dtype):
         ([1100], 8, 4, 2, 256),  # more chunks than splits
     ],
 )
-def test_it_is_as_exact_as_pytorch(isa, lengths, rows, n_heads, n_kv_heads, head_dim, cache_dtype):
+def test_attention_output_and_cache_are_as_exact_as_pytorch(
+    isa, lengths, rows, n_heads, n_kv_heads, head_dim, cache_dtype
+):
     capacity = max(lengths) + rows + 3
     given = inputs(lengths, rows, n_heads, n_kv_heads, head_dim, capacity, cache_dtype)
-    # Only the angles of RoPE are float32 everywhere, as in training.
+    # The angles of RoPE are float32 in every precision, as in training.
     exact_in = cast(given, torch.float64, torch.float64) | {"inv_freq": given["inv_freq"]}
     native_in = cast(given, torch.float32, cache_dtype)
     ours_in = cast(given, torch.float32, cache_dtype)
@@ -76,20 +78,21 @@ def test_it_is_as_exact_as_pytorch(isa, lengths, rows, n_heads, n_kv_heads, head
     ("lengths", "rows", "n_heads", "n_kv_heads", "head_dim"),
     [([0], 1, 4, 4, 16), ([63], 2, 9, 3, 64), ([130, 0], 3, 8, 2, 80), ([1100], 8, 4, 1, 128)],
 )
-def test_a_cache_in_8_bits(isa, lengths, rows, n_heads, n_kv_heads, head_dim):
+def test_int8_cache_rounds_rows_once_and_reads_them_exactly(
+    isa, lengths, rows, n_heads, n_kv_heads, head_dim
+):
     capacity = max(lengths) + rows
     given = inputs(lengths, rows, n_heads, n_kv_heads, head_dim, capacity, torch.float32)
     exact_in = cast(given, torch.float64, torch.float64) | {"inv_freq": given["inv_freq"]}
     ours_in = cast(given, torch.float32, torch.float32)
     ours_in["cache"] = to_rows(ours_in["cache"], torch.int8)
     ours = torch.ops.recycle.attention_decode(**ours_in)
-    # What it wrote is k and v to half a step of 1/127 of each row's largest value, what stood there is
-    # left alone,
+    # Written rows are k and v to half a step of 1/127 of the row's largest value; older rows are unchanged.
     reference_ops.attention_decode(**exact_in)
     written = from_rows(ours_in["cache"], torch.float64)
     largest = exact_in["cache"].abs().amax(-1, keepdim=True)
     assert ((written - exact_in["cache"]).abs() <= largest / 127 * 0.5001).all()
-    # and attention to what it wrote is as exact as PyTorch's.
+    # Attention to the rounded rows is as exact as PyTorch's attention to them.
     read = exact_in | {"cache": written.clone()}
     exact = attend_only(read, torch.float64)
     native = attend_only(read, torch.float32)
@@ -97,7 +100,7 @@ def test_a_cache_in_8_bits(isa, lengths, rows, n_heads, n_kv_heads, head_dim):
 
 
 def attend_only(arguments, dtype):
-    """Attention to a cache that holds the new rows already."""
+    """Attention to a cache that already holds the new rows, in plain PyTorch: [batch, rows, n_heads, head_dim]."""
     out = torch.empty_like(arguments["q"], dtype=dtype)
     rows = out.shape[1]
     for b, length in enumerate(arguments["lengths"].tolist()):
@@ -113,14 +116,14 @@ def attend_only(arguments, dtype):
     return out
 
 
-def test_a_value_that_is_not_finite_shows_in_8_bits_too(isa):
+def test_nonfinite_value_in_int8_cache_shows_in_output(isa):
     given = cast(inputs([3], 1, 2, 1, 16, 8, torch.float32), torch.float32, torch.float32)
     given["cache"] = to_rows(given["cache"], torch.int8)
     given["v"][0, 0, 0, 5] = torch.nan
     assert torch.ops.recycle.attention_decode(**given).isnan().all()
 
 
-def test_q_and_k_are_normed_first_where_the_model_does(isa):
+def test_q_and_k_norms_are_applied_before_rope(isa):
     given = inputs([20, 3], 2, 4, 2, 32, 40, torch.float32, norms=True)
     exact = reference_ops.attention_decode(
         **cast(given, torch.float64, torch.float64) | {"inv_freq": given["inv_freq"]}
@@ -135,8 +138,8 @@ def test_q_and_k_are_normed_first_where_the_model_does(isa):
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_a_rows_bits_do_not_depend_on_its_company(isa, cache_dtype):
-    """One row at a time, all at once, in a batch, with other numbers of threads: the same bits."""
+def test_row_in_any_batch_and_thread_count_has_the_same_bits(isa, cache_dtype):
+    """Rows one at a time and all at once, sequences alone and in a batch, one thread and several."""
     rows, length = 8, 190
     given = inputs([length, 17], rows, 9, 3, 64, 210, torch.float32)
     given["cache"] = to_rows(given["cache"], cache_dtype)

@@ -1,4 +1,4 @@
-"""The GPU's ops under a CUDA build of torch, with or without a GPU: registered, described, and strict."""
+"""The CUDA ops in a CUDA build of torch, with or without a GPU: registration, shapes, refusals."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ needs_cuda_ops = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "op", ["attention_decode", "recycle_head", "decode_step", "prefill", "finish_prefill"]
 )
-def test_every_op_is_there_for_a_gpu(op):
+def test_op_has_a_cuda_kernel(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"recycle::{op}", "CUDA")
 
 
 @needs_cuda_ops
-def test_shapes_are_known_without_a_gpu(tmp_path):
+def test_fake_step_without_a_gpu_has_the_shapes(tmp_path):
     base = write_base(tmp_path / "base")
     packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
     decoder = Decoder(packed, "verify", 2, batch=3, capacity=40)
@@ -46,26 +46,26 @@ def test_shapes_are_known_without_a_gpu(tmp_path):
 
 
 @needs_cuda_ops
-def test_the_stream_that_torch_works_in_can_be_found():
+def test_current_stream_of_torch_is_found():
     assert torch.ops.recycle.knows_streams()
 
 
 @needs_cuda_ops
-def test_a_plan_that_is_none_is_refused():
+def test_zeros_as_a_plan_are_refused():
     with pytest.raises(ValueError, match="not a plan made by recycle_ext"):
         torch.ops.recycle.gpu_scratch_bytes(torch.zeros(9, dtype=torch.int64), 0, 1, 1, True, 0)
 
 
 @needs_cuda_ops
-def test_a_gpu_that_is_not_there_is_named(tmp_path):
+def test_missing_gpu_is_named(tmp_path):
     packed = pack_model(write_base(tmp_path), None, "f32")
     with pytest.raises(ValueError, match="there is no GPU cuda:63"):
         torch.ops.recycle.gpu_scratch_bytes(packed.plan, packed.weights.numel(), 1, 0, True, 63)
 
 
 @needs_cuda_ops
-def test_the_end_of_a_prefill_is_for_gpus_alone(tmp_path):
-    """On the CPU prefill does all of it, and torch says so of the op: it has no kernel there."""
+def test_finish_prefill_on_the_cpu_is_refused(tmp_path):
+    """The CPU's prefill op runs the whole prompt, so finish_prefill has no CPU kernel."""
     packed = pack_model(write_base(tmp_path), None, "f32")
     decoder = Decoder(packed, "standard", capacity=40)
     with pytest.raises(NotImplementedError, match="finish_prefill"):
@@ -80,6 +80,6 @@ def test_the_end_of_a_prefill_is_for_gpus_alone(tmp_path):
         ("cuda:99", "device is 'cuda:99', but "),
     ],
 )
-def test_a_device_that_cannot_be_used_is_refused_with_the_reason(device, message):
+def test_unusable_device_is_refused_with_the_reason(device, message):
     with pytest.raises(RecycleError, match=message):
         load(device=device)

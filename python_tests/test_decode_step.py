@@ -1,4 +1,4 @@
-"""torch.ops.recycle.prefill and decode_step, against the same steps in plain PyTorch (float64)."""
+"""torch.ops.recycle.prefill and decode_step against the reference decoder, plain PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ MODULES = {
 
 
 def lengths_of(reference) -> list[int]:
-    """Of the base's cache and the module's."""
+    """Positions in the base's cache and in the module's."""
     return [reference.base_cache.length, reference.module_cache.length]
 
 
 def compare(base, module, mode, drafts, changes=(), module_dtype="f32", **sampling):
-    """Both decoders side by side; returns how many drafts counted. changes: drafts before each step, in turn."""
+    """Runs both decoders and asserts equal tokens and state after each step; returns the accepted draft tokens.
+
+    drafts: the decoders' draft tokens per step. changes: numbers of draft tokens that the steps are set to, in turn.
+    """
     module_format, _ = MODULE_DTYPES[module_dtype]
     reference = reference_module(module) if module else None
     for weight in reference.parameters() if module else ():
@@ -73,7 +76,7 @@ def compare(base, module, mode, drafts, changes=(), module_dtype="f32", **sampli
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_standard_mode_of_every_architecture(tmp_path, isa, architecture, tied):
+def test_standard_step_of_every_architecture_equals_reference(tmp_path, isa, architecture, tied):
     base = write_base(tmp_path, architecture, tied=tied)
     compare(base, None, "standard", 1)
 
@@ -81,25 +84,26 @@ def test_standard_mode_of_every_architecture(tmp_path, isa, architecture, tied):
 @pytest.mark.parametrize("drafts", [1, 2, 3, 4])
 @pytest.mark.parametrize("mode", ["verify", "alternate"])
 @pytest.mark.parametrize("kind", MODULES)
-def test_every_kind_of_module(tmp_path, kind, mode, drafts):
+def test_step_with_every_kind_of_module_equals_reference(tmp_path, kind, mode, drafts):
     base = write_base(tmp_path / "base", "qwen3")
     module = write_module(tmp_path / "module", base, **MODULES[kind])
     compare(base, module, mode, drafts)
 
 
 @pytest.mark.parametrize("module_dtype", MODULE_DTYPES)
-def test_the_module_may_be_in_fewer_bits_than_the_base(tmp_path, isa, module_dtype):
+def test_step_with_module_of_another_dtype_equals_reference(tmp_path, isa, module_dtype):
     base = write_base(tmp_path / "base")
     module = write_module(tmp_path / "module", base, n_layers=2)
     compare(base, module, "alternate", 2, module_dtype=module_dtype)
 
 
-CHANGES = [3, 1, 0, 0, 4, 4, 2, 0, 1, 1, 3]  # up and down, from and to none, by one and by more
+# Numbers of draft tokens: up and down, from and to none, by one and by more.
+CHANGES = [3, 1, 0, 0, 4, 4, 2, 0, 1, 1, 3]
 
 
 @pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("temperature", [0, 1.5])
-def test_steps_of_different_widths(tmp_path, isa, kind, temperature):
+def test_steps_with_changing_num_draft_tokens_equal_reference(tmp_path, isa, kind, temperature):
     base = write_base(tmp_path / "base", n_layers=1)
     good = MODULES[kind].get("norms", True)
     module = write_module(tmp_path / "module", base, like_base=good, **MODULES[kind])
@@ -108,7 +112,7 @@ def test_steps_of_different_widths(tmp_path, isa, kind, temperature):
 
 
 @pytest.mark.parametrize("zero_first_embedding", [False, True])
-def test_after_standard_steps_the_module_reads_on_as_if_they_were_not_there(
+def test_module_after_standard_steps_reads_on_as_if_they_were_not_there(
     tmp_path, isa, zero_first_embedding
 ):
     base = write_base(tmp_path / "base")
@@ -116,10 +120,10 @@ def test_after_standard_steps_the_module_reads_on_as_if_they_were_not_there(
     packed = pack_model(base, module, "f32")
     decoder = Decoder(packed, "verify", 3, capacity=100, cache_dtype=torch.float32)
     text, read = [*PROMPT, decoder.prefill(PROMPT)], list(range(len(PROMPT)))
-    for drafts in (3, 0, 0, 0, 1, 2, 0, 0, 3):
-        decoder.set_num_draft_tokens(drafts)
+    for num_draft_tokens in (3, 0, 0, 0, 1, 2, 0, 0, 3):
+        decoder.set_num_draft_tokens(num_draft_tokens)
         tokens, counts, *_ = decoder.step()
-        if drafts:
+        if num_draft_tokens:
             read += range(len(text) - 1, len(text) - 1 + int(counts[0]))
         text += tokens[0, : counts[0]].tolist()
     assert decoder.lengths[:, 0].tolist() == [len(text) - 1, len(read)]
@@ -134,8 +138,8 @@ def test_after_standard_steps_the_module_reads_on_as_if_they_were_not_there(
         torch.testing.assert_close(given.double(), exact[0], rtol=0, atol=2e-5)
 
 
-def test_a_module_that_has_read_nothing_can_still_draft(tmp_path):
-    """A prompt read in standard mode, through the ops: the module begins with what comes after it."""
+def test_module_without_a_prompt_still_drafts(tmp_path):
+    """The prompt is read in standard mode, through the op: the module's first rows are those after the prompt."""
     base = write_base(tmp_path / "base")
     module = write_module(tmp_path / "module", base)
     packed = pack_model(base, module, "f32")
@@ -158,7 +162,7 @@ def test_a_module_that_has_read_nothing_can_still_draft(tmp_path):
 
 @pytest.mark.parametrize("drafts", [1, 3])
 @pytest.mark.parametrize("mode", ["standard", "verify", "alternate"])
-def test_sampled_steps_draw_what_the_reference_draws(tmp_path, mode, drafts):
+def test_sampled_steps_equal_reference(tmp_path, mode, drafts):
     base = write_base(tmp_path / "base")
     module = write_module(tmp_path / "module", base, draft_vocab_size=60)
     accepted = compare(
@@ -167,16 +171,16 @@ def test_sampled_steps_draw_what_the_reference_draws(tmp_path, mode, drafts):
     assert mode == "standard" or accepted > 0
 
 
-def test_a_good_module_saves_steps(tmp_path):
-    """Not a random one: the base's own last layer on the next token's embedding."""
+def test_good_module_has_accepted_drafts(tmp_path):
+    """The module is no random one but the base's last layer (``like_base``)."""
     base = write_base(tmp_path / "base", n_layers=1)
     module = write_module(tmp_path / "module", base, like_base=True)
     assert compare(base, module, "verify", 1) > 0
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 150])
-def test_prompts_longer_than_one_pass(tmp_path, length):
-    """A prompt goes through the layers 64 rows at a time; the state is that of one pass."""
+def test_prefill_of_a_long_prompt_equals_one_pass(tmp_path, length):
+    """A prompt passes through the layers 64 rows at a time; the state is that of a single pass."""
     base = write_base(tmp_path / "base")
     module = write_module(tmp_path / "module", base)
     prompt = torch.randint(0, 101, (length,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -194,7 +198,7 @@ def test_prompts_longer_than_one_pass(tmp_path, length):
             torch.testing.assert_close(given.double(), exact[0], rtol=0, atol=2e-5)
 
 
-def test_an_idle_sequence_is_left_alone(tmp_path):
+def test_idle_sequence_is_left_alone(tmp_path):
     base = write_base(tmp_path)
     decoder = Decoder(pack_model(base, None, "f32"), "standard", batch=2, capacity=50)
     decoder.prefill(PROMPT, 1)
@@ -202,9 +206,12 @@ def test_an_idle_sequence_is_left_alone(tmp_path):
     assert counts.tolist() == [0, 1]
     assert tokens[0].tolist() == [-1]
     assert decoder.lengths.tolist() == [[0, len(PROMPT) + 1], [0, 0]]
+    assert decoder.pending[0].tolist() == [-1]
+    assert not decoder.base_cache[:, :, 0].any()
+    assert decoder.base_cache[:, :, 1].any()
 
 
-def test_numbers_that_are_none_are_reported_and_the_state_stays(tmp_path):
+def test_nonfinite_logit_is_reported_and_the_state_stays(tmp_path):
     base = write_base(tmp_path)
     decoder = Decoder(pack_model(base, None, "f32"), "standard", capacity=50)
     decoder.prefill(PROMPT)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from recycle_ext.decoding.draft_policy import Acceptance, DraftPolicy, Experience
+from recycle_ext.decoding.draft_policy import Acceptance, DraftPolicy, StepHistory
 
 MOST = 4
 USELESS = (0.03, 0.0, 0.0, 0.0)
@@ -82,9 +82,9 @@ def speeds(price, rates, n_tokens, texts=1, seeds=SEEDS, **machine) -> list[floa
     """Of the last of some texts, for each seed."""
     found = []
     for seed in seeds:
-        experience, here = Experience(MOST), Machine(price, seed, **machine)
+        history, here = StepHistory(MOST), Machine(price, seed, **machine)
         for _ in range(texts):
-            speed, _ = write(DraftPolicy(experience), here, n_tokens, always(rates))
+            speed, _ = write(DraftPolicy(history), here, n_tokens, always(rates))
         found.append(speed)
     return found
 
@@ -122,7 +122,7 @@ def test_a_noisy_machine_hardly_misleads_it(noise):
 def test_a_price_measured_wrongly_is_found_out(wrong):
     """The machine was three times as slow as it is, when the very first steps of one kind were timed."""
     for rates, least in ((USELESS, 0.97), (FAIR, 1.1)):
-        policy, machine, first = DraftPolicy(Experience(MOST)), Machine(0.18, 3), range(8)
+        policy, machine, first = DraftPolicy(StepHistory(MOST)), Machine(0.18, 3), range(8)
         for _ in first:
             k = policy.choose()
             policy.observe(k, [0], machine.measured(k) * (3 if k == wrong else 1))
@@ -133,7 +133,7 @@ def test_a_price_measured_wrongly_is_found_out(wrong):
 def test_texts_that_change_do_better_than_without_drafts(block):
     changing = lambda at: FAIR if at // block % 2 == 0 else USELESS  # noqa: E731
     found = [
-        write(DraftPolicy(Experience(MOST)), Machine(0.18, seed), 4000, changing)[0]
+        write(DraftPolicy(StepHistory(MOST)), Machine(0.18, seed), 4000, changing)[0]
         for seed in SEEDS
     ]
     assert min(found) > 0.99
@@ -143,7 +143,7 @@ def test_texts_that_change_do_better_than_without_drafts(block):
 def test_when_a_text_turns_predictable_drafts_are_back_soon():
     turns = 1000
     for seed in SEEDS:
-        policy, machine = DraftPolicy(Experience(MOST)), Machine(0.18, seed)
+        policy, machine = DraftPolicy(StepHistory(MOST)), Machine(0.18, seed)
         _, steps = write(policy, machine, 2000, lambda at: USELESS if at < turns else GOOD)
         before = [k for at, k in steps if turns - 200 <= at < turns]
         after = [k for at, k in steps if at >= turns + 300]
@@ -153,14 +153,14 @@ def test_when_a_text_turns_predictable_drafts_are_back_soon():
 
 def test_it_does_not_flap():
     for rates in (FAIR, (0.2, 0.1, 0.0, 0.0), GOOD):
-        _, steps = write(DraftPolicy(Experience(MOST)), Machine(0.18, 1), 3000, always(rates))
+        _, steps = write(DraftPolicy(StepHistory(MOST)), Machine(0.18, 1), 3000, always(rates))
         changes = sum(k != other for (_, k), (_, other) in itertools.pairwise(steps))
         assert 0 < changes < len(steps) / 10
 
 
 def test_a_batch_is_one_decision():
     fair, useless = (
-        write(DraftPolicy(Experience(MOST)), Machine(0.18, 1), 8000, always(rates), batch=4)[0]
+        write(DraftPolicy(StepHistory(MOST)), Machine(0.18, 1), 8000, always(rates), batch=4)[0]
         for rates in (FAIR, USELESS)
     )
     assert fair > 0.97 * best_fixed(0.18, FAIR)
@@ -169,43 +169,43 @@ def test_a_batch_is_one_decision():
 
 def test_the_same_observations_make_the_same_choices():
     texts = [
-        write(DraftPolicy(Experience(MOST)), Machine(0.18, 5, noisy=True), 500, always(FAIR))
+        write(DraftPolicy(StepHistory(MOST)), Machine(0.18, 5, noisy=True), 500, always(FAIR))
         for _ in range(2)
     ]
     assert texts[0] == texts[1]
 
 
 def test_prices_come_from_steps_after_each_other_and_are_never_below_fewer_drafts():
-    experience = Experience(MOST)
-    assert not experience.is_priced(1)
-    experience.compare(1, 1.3, 0, 1.0)
-    assert experience.prices[1] == pytest.approx(1.3)
-    assert experience.prices[2] == pytest.approx(1.6)  # never timed
-    experience.compare(1, 13.0, 2, 15.0)
-    assert experience.prices[2] == pytest.approx(1.5)
+    history = StepHistory(MOST)
+    assert not history.is_measured(1)
+    history.observe(1, 1.3, 0, 1.0)
+    assert history.costs()[1] == pytest.approx(1.3)
+    assert history.costs()[2] == pytest.approx(1.6)  # never timed
+    history.observe(1, 13.0, 2, 15.0)
+    assert history.costs()[2] == pytest.approx(1.5)
     for _ in range(9):
-        experience.compare(0, 5.0, 1, 4.0)
-    assert experience.prices[1] == 1
+        history.observe(0, 5.0, 1, 4.0)
+    assert history.costs()[1] == 1
 
 
 def test_acceptance_of_a_draft_is_among_those_whose_predecessors_counted():
-    acceptance = Acceptance(3, 50)
+    acceptance = Acceptance([0.4] * 3, 50)
     for _ in range(300):
         acceptance.observe(2, [2, 1, 0, 0])
-    first, second, third = acceptance.means
+    first, second, third = acceptance.shares
     assert first == pytest.approx(0.5, abs=0.01)
     assert second == pytest.approx(0.5, abs=0.01)
     assert third == pytest.approx(0.4)  # the prior
 
 
 def test_padding_says_nothing_about_the_module():
-    experience = Experience(MOST)
-    experience.compare(1, 5.0, 0, 1.0)  # too dear: it begins without drafts
-    policy = DraftPolicy(experience)
+    history = StepHistory(MOST)
+    history.observe(1, 5.0, 0, 1.0)  # too dear: it begins without drafts
+    policy = DraftPolicy(history)
     assert policy.choose() == 0
     policy.observe(0, [0], 1.0)
-    before = experience.acceptance.means
+    before = list(history.acceptance.shares)
     policy.observe(1, [0], 1.2)
-    assert experience.acceptance.means == before
+    assert history.acceptance.shares == before
     policy.observe(1, [0], 1.2)
-    assert experience.acceptance.means[0] < before[0]
+    assert history.acceptance.shares[0] < before[0]

@@ -1,4 +1,4 @@
-"""The parts of python -m recycle_ext.eval: each figure against a plain computation of it."""
+"""The parts of python -m recycle_ext.eval: each figure equals a plain computation of it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_model import (
-    NEW_TOKENS,
-    likelihoods_of_transformers,
-    write_model,
-)
+from eval_model import NEW_TOKENS, likelihoods_of_transformers, write_model
 from models import reference_base, reference_module
 
 from recycle_ext.checkpoint.base_model import open_checkpoint
 from recycle_ext.checkpoint.module import open_module
 from recycle_ext.decoding.decoder import Decoder
-from recycle_ext.eval import bootstrap, cloze, prompts
+from recycle_ext.decoding.step import SequenceStep
+from recycle_ext.eval import cloze, intervals, prompts
 from recycle_ext.eval.__main__ import main
-from recycle_ext.eval.decoding import Run, common_tokens, count_step, decode
+from recycle_ext.eval.decoding import Run, common_tokens, decode
 from recycle_ext.eval.likelihood import load_base, read
 from recycle_ext.eval.report import cloze_figures
 from recycle_ext.reference.ops import ReferenceDecoder
@@ -39,40 +36,41 @@ def model(tmp_path_factory) -> Path:
 # ---- Intervals ---------------------------------------------------------------------------------------
 
 
-def test_the_interval_of_a_mean_is_that_of_normal_theory():
+def test_interval_of_a_mean_equals_normal_theory():
     values = np.random.default_rng(3).normal(2.0, 5.0, 500)
-    low, high = bootstrap.interval(values)
+    low, high = intervals.interval(values)
     half = 1.96 * values.std() / math.sqrt(len(values))
     assert low == pytest.approx(values.mean() - half, abs=0.05 * half)
     assert high == pytest.approx(values.mean() + half, abs=0.05 * half)
 
 
-def test_an_interval_holds_the_truth_as_often_as_it_says(monkeypatch):
-    monkeypatch.setattr(bootstrap, "RESAMPLES", 400)
+def test_interval_covers_the_truth_at_its_level(monkeypatch):
+    monkeypatch.setattr(intervals, "RESAMPLES", 400)
     generator = np.random.default_rng(0)
-    bounds = [bootstrap.interval(generator.exponential(1.0, 60)) for _ in range(200)]
-    # 95%, less a little for 60 examples of a lopsided kind; 200 draws have a standard error of 1.5%.
+    bounds = [intervals.interval(generator.exponential(1.0, 60)) for _ in range(200)]
+    # A bit less than 95% for 60 examples of a skewed distribution; 200 draws have a standard error of 1.5%.
     assert 0.88 <= np.mean([low <= 1 <= high for low, high in bounds]) <= 0.985
 
 
-def test_pairs_are_drawn_as_pairs():
+def test_columns_are_resampled_together():
     x = np.random.default_rng(1).exponential(1.0, 40)
-    assert bootstrap.interval(np.stack([3 * x, x], 1), bootstrap.ratio) == pytest.approx((3, 3))
+    assert intervals.interval(3 * x, x, statistic=intervals.ratio) == pytest.approx((3, 3))
     shuffled = np.random.default_rng(2).permutation(3 * x)
-    low, high = bootstrap.interval(np.stack([shuffled, x], 1), bootstrap.ratio)
+    low, high = intervals.interval(shuffled, x, statistic=intervals.ratio)
     assert low < 2.5 < 3.5 < high
 
 
-def test_the_same_values_have_the_same_interval():
+def test_same_values_give_the_same_interval():
     values = np.arange(10.0) ** 2
-    assert bootstrap.interval(values) == bootstrap.interval(values)
-    assert bootstrap.interval(values) != bootstrap.interval(values + 1)
+    assert intervals.interval(values) == intervals.interval(values)
+    assert intervals.interval(values) != intervals.interval(values + 1)
 
 
-def test_there_may_be_no_interval():
-    assert bootstrap.interval(np.array([1.0])) is None
-    # Some resamples have no second example, and so a share of nothing.
-    assert bootstrap.interval(np.array([[0.0, 0.0], [1.0, 1.0]]), bootstrap.ratio) is None
+def test_interval_of_too_few_examples_is_none():
+    assert intervals.interval(np.array([1.0])) is None
+    # Some resamples hold the first example alone: a share of nothing.
+    shares = np.array([0.0, 1.0])
+    assert intervals.interval(shares, shares, statistic=intervals.ratio) is None
 
 
 # ---- Counting ----------------------------------------------------------------------------------------
@@ -80,33 +78,26 @@ def test_there_may_be_no_interval():
 
 def slow_decode(base, module, mode: str, drafts: int, prompt: list[int], ends: set[int]) -> Run:
     """The same figures from the decoder in plain PyTorch, counted from the definitions."""
-    decoder = ReferenceDecoder(
-        reference_base(base), reference_module(module), module.draft_vocab(), mode, drafts
-    )
+    decoder = ReferenceDecoder(reference_base(base), reference_module(module), module.draft_vocab(), mode, drafts)
     text = [decoder.prefill(prompt)]
-    steps = []  # what was drafted, and what came of it
+    steps = []  # place of the step's first token in the text, draft tokens, new tokens
     while len(text) < NEW_TOKENS and not ends & set(text):
-        drafted = list(decoder.pending[1:])
-        steps.append((drafted, decoder.step()))
-        text += steps[-1][1]
-
-    def upto_end(tokens: list[int]) -> list[int]:
-        found = [index for index, token in enumerate(tokens) if token in ends]
-        return tokens[: found[0] + 1] if found else tokens
-
+        place, drafted = len(text), list(decoder.pending[1:])
+        steps.append((place, drafted, decoder.step()))
+        text += steps[-1][2]
+    end_places = [index + 1 for index, token in enumerate(text) if token in ends]
+    length = min([NEW_TOKENS, *end_places])
     offered, accepted = [0] * drafts, [0] * drafts
-    for drafted, came in steps:
+    for place, drafted, new in steps:
         for j in range(drafts):
-            all_before = came[:j] == drafted[:j] and len(came) > j
-            ended_before = bool(ends & set(drafted[:j]))
-            if all_before and not ended_before:
+            all_before_accepted = new[:j] == drafted[:j] and len(new) > j
+            if all_before_accepted and place + j < length:
                 offered[j] += 1
-                accepted[j] += len(came) > j + 1
-    whole = upto_end(text)
+                accepted[j] += len(new) > j + 1
     return Run(
-        token_ids=[token for token in whole if token not in ends][:NEW_TOKENS],
+        token_ids=[token for token in text[:length] if token not in ends],
         steps=len(steps),
-        step_tokens=len(whole) - 1,
+        step_tokens=length - 1,
         offered=offered,
         accepted=accepted,
     )
@@ -114,7 +105,7 @@ def slow_decode(base, module, mode: str, drafts: int, prompt: list[int], ends: s
 
 @pytest.mark.parametrize("drafts", [1, 3])
 @pytest.mark.parametrize("mode", ["verify", "alternate"])
-def test_a_run_is_counted_as_a_slow_loop_counts_it(model, mode, drafts):
+def test_run_counts_equal_those_of_a_slow_loop(model, mode, drafts):
     base = open_checkpoint(model)
     module = open_module(model.parent / "module", base)
     packed = pack_model(base, module, "f32")
@@ -140,25 +131,29 @@ def test_a_run_is_counted_as_a_slow_loop_counts_it(model, mode, drafts):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "offered", "accepted", "counted"),
+    ("tokens", "left", "offered", "accepted", "counted"),
     [
-        ([7], [1, 0], [0, 0], 1),
-        ([4, 7], [1, 1], [1, 0], 2),
-        ([4, 5, 7], [1, 1], [1, 1], 3),
-        ([2, 7], [1, 0], [1, 0], 1),  # 2 is the end token: what follows was not asked for
-        ([4, 2, 7], [1, 1], [1, 1], 2),
-        ([2], [1, 0], [0, 0], 1),
+        ([7], 9, [1, 0], [0, 0], 1),
+        ([4, 7], 9, [1, 1], [1, 0], 2),
+        ([4, 5, 7], 9, [1, 1], [1, 1], 3),
+        ([2, 7], 9, [1, 0], [1, 0], 1),  # draft tokens behind the end token, 2, do not count
+        ([4, 2, 7], 9, [1, 1], [1, 1], 2),
+        ([2], 9, [1, 0], [0, 0], 1),
+        ([4, 5, 7], 2, [1, 1], [1, 1], 2),  # draft tokens past the limit do not count
+        ([4, 5, 7], 1, [1, 0], [1, 0], 1),
+        ([4, 7], 1, [1, 0], [1, 0], 1),
+        ([7], 1, [1, 0], [0, 0], 1),
     ],
 )
-def test_a_step_is_counted(tokens, offered, accepted, counted):
+def test_step_counts_draft_tokens_up_to_the_end(tokens, left, offered, accepted, counted):
     run = Run([9], offered=[0, 0], accepted=[0, 0])
-    count_step(run, tokens, {2})
-    assert (run.steps, run.step_tokens) == (1, counted)
+    run.add(SequenceStep(tokens, 2, len(tokens) - 1, 0.5).cut(left, {2}))
+    assert (run.steps, run.step_tokens, run.seconds) == (1, counted, 0.5)
     assert (run.offered, run.accepted) == (offered, accepted)
     assert run.token_ids == [9, *tokens[:counted]]
 
 
-def test_tokens_in_common():
+def test_common_tokens_end_at_the_first_difference():
     assert common_tokens([1, 2, 3], [1, 2, 4]) == 2
     assert common_tokens([1, 2], [1, 2, 4]) == 2
     assert common_tokens([], [1]) == 0
@@ -167,21 +162,18 @@ def test_tokens_in_common():
 # ---- Likelihood --------------------------------------------------------------------------------------
 
 
-def test_likelihoods_are_those_of_transformers(model):
+def test_likelihoods_equal_those_of_transformers(model):
     generator = torch.Generator().manual_seed(0)
     lengths = [(3, 9), (20, 1), (1, 30), (5, 5), (7, 2), (2, 17), (4, 4), (9, 9), (6, 12)]
-    texts = [
-        tuple(torch.randint(0, 250, (n,), generator=generator).tolist() for n in pair)
-        for pair in lengths
-    ]
+    texts = [tuple(torch.randint(0, 250, (n,), generator=generator).tolist() for n in pair) for pair in lengths]
     base = load_base(open_checkpoint(model), "f32", torch.device("cpu"))
-    for (prompt, text), (given, picks) in zip(texts, read(base, texts), strict=True):
-        expected, expected_picks = likelihoods_of_transformers(model, prompt, text)
+    for (prompt, text), (given, argmax) in zip(texts, read(base, texts), strict=True):
+        expected, expected_argmax = likelihoods_of_transformers(model, prompt, text)
         torch.testing.assert_close(given, expected, rtol=0, atol=1e-4)
-        assert picks.tolist() == expected_picks.tolist()
+        assert argmax.tolist() == expected_argmax.tolist()
 
 
-def test_an_empty_text_has_no_likelihoods(model):
+def test_empty_text_has_no_likelihoods(model):
     base = load_base(open_checkpoint(model), "bf16", torch.device("cpu"))
     (empty, _), (one, _) = read(base, [([5, 6], []), ([5], [7])])
     assert (len(empty), len(one)) == (0, 1)
@@ -190,7 +182,7 @@ def test_an_empty_text_has_no_likelihoods(model):
 # ---- Prompts -----------------------------------------------------------------------------------------
 
 
-def test_the_shipped_prompts_are_eight_of_each_category():
+def test_shipped_prompts_are_eight_per_category():
     shipped = prompts.read_prompts(prompts.SHIPPED)
     assert prompts.categories(shipped) == CATEGORIES
     for category in CATEGORIES:
@@ -199,7 +191,7 @@ def test_the_shipped_prompts_are_eight_of_each_category():
     assert 20 < sum(prompt.chat for prompt in shipped) < len(shipped)
 
 
-def test_the_shipped_prompts_are_not_those_of_training():
+def test_shipped_prompts_are_not_training_prompts():
     """No six words in a row."""
 
     def runs(text: str) -> set[tuple[str, ...]]:
@@ -211,24 +203,19 @@ def test_the_shipped_prompts_are_not_those_of_training():
         assert not runs(prompt.text) & trained, prompt.text
 
 
-def test_prompts_of_a_text_file(tmp_path):
+def test_prompts_of_a_text_file_are_its_lines(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("one\n\n  two \n")
     found = prompts.read_prompts(file, chat=True)
-    assert [(p.text, p.chat, p.where) for p in found] == [
-        ("one", True, f"{file}:1"),
-        ("  two ", True, f"{file}:3"),
-    ]
+    assert [(p.text, p.chat, p.where) for p in found] == [("one", True, f"{file}:1"), ("  two ", True, f"{file}:3")]
 
 
-def test_a_request_is_put_in_the_chat_template(default_model):
+def test_request_is_put_in_the_chat_template(default_model):
     tokenizer = open_checkpoint(default_model).tokenizer
     ids = prompts.Prompt("What is a fjord?", chat=True).encode(tokenizer)
     text = tokenizer.backend.decode(ids, skip_special_tokens=False)
     assert text.endswith("user\nWhat is a fjord?<|im_end|>\n<|im_start|>assistant\n")
-    assert prompts.Prompt("What is a fjord?").encode(tokenizer) == tokenizer.encode(
-        "What is a fjord?"
-    )
+    assert prompts.Prompt("What is a fjord?").encode(tokenizer) == tokenizer.encode("What is a fjord?")
 
 
 # ---- Cloze -------------------------------------------------------------------------------------------
@@ -248,7 +235,7 @@ def prose(sentences: int) -> str:
 PROSE = prose(40)
 
 
-def test_items_are_made_of_a_text():
+def test_cloze_items_of_a_text_do_not_overlap():
     text = f"Too short.\n\n{PROSE}\n\n{prose(9)}\n"
     items = cloze.make_cloze(text)
     rest = " ".join(text.split())
@@ -264,14 +251,14 @@ def test_items_are_made_of_a_text():
     assert len(items) > 8
 
 
-def test_at_most_so_many_items_and_from_everywhere(monkeypatch):
+def test_cloze_items_are_limited_and_evenly_spread(monkeypatch):
     everything = cloze.make_cloze(f"{PROSE}\n\n" * 20)
-    monkeypatch.setattr(cloze, "MOST_ITEMS", 10)
+    monkeypatch.setattr(cloze, "MAX_ITEMS", 10)
     some = cloze.make_cloze(f"{PROSE}\n\n" * 20)
     assert some == [everything[i * len(everything) // 10] for i in range(10)]
 
 
-def test_make_cloze_writes_what_cloze_reads(tmp_path, capsys):
+def test_make_cloze_file_is_readable(tmp_path, capsys):
     text, file = tmp_path / "book.txt", tmp_path / "book.jsonl"
     text.write_text(PROSE)
     assert main(["--make-cloze", str(text), str(file)]) == 0
@@ -280,7 +267,7 @@ def test_make_cloze_writes_what_cloze_reads(tmp_path, capsys):
     assert capsys.readouterr().out == f"{len(made.items)} items\n"
 
 
-def test_the_shipped_items(default_model):
+def test_shipped_cloze_items_suit_the_default_model(default_model):
     assert cloze.SHIPPED.stat().st_size < 200_000
     shipped = cloze.read_cloze(cloze.SHIPPED)
     assert "Moby-Dick" in shipped.source
@@ -290,7 +277,7 @@ def test_the_shipped_items(default_model):
 
 
 @pytest.mark.parametrize("mode", ["standard", "alternate"])
-def test_right_tokens_are_those_that_decoding_writes(model, mode):
+def test_right_tokens_equal_those_of_the_reference(model, mode):
     base = open_checkpoint(model)
     module = open_module(model.parent / "module", base)
     decoder = Decoder(pack_model(base, module, "f32"), mode, capacity=50, cache_dtype=torch.float32)
@@ -307,7 +294,7 @@ def test_right_tokens_are_those_that_decoding_writes(model, mode):
     assert list(cloze.right_tokens(decoder, items)) == expected
 
 
-def test_accuracies():
+def test_cloze_figures_equal_hand_counts():
     standard = [[1, 1], [1, 1], [1, 0, 1], [0, 1], [0, 0]]
     alternate = [[1, 1], [1, 0], [1, 0, 1], [0, 0], [0, 1]]
     first, second, whole = cloze_figures(standard, alternate)

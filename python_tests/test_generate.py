@@ -1,4 +1,4 @@
-"""python -m recycle_ext.generate, as installed, on the real model."""
+"""python -m recycle_ext.generate, run as a user runs it, on the default model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import sys
 
 import pytest
 from models import write_base
+
+from recycle_ext.checkpoint.base_model import open_checkpoint
+from recycle_ext.checkpoint.module import default_module
 
 PROMPT = "Once upon a time, in a small village by the sea,"
 JSON_KEYS = [
@@ -49,17 +52,17 @@ def as_json(*arguments, **options) -> dict:
 
 @pytest.fixture(autouse=True)
 def _model_is_there(default_model):
-    """Fetched before the commands run, so that no test waits for the network."""
+    """Fetches the default model before the commands run, so that their time limits do not include a download."""
 
 
-def test_it_prints_the_text():
+def test_generate_prints_the_text():
     done = command(PROMPT, "--max-new-tokens", 20)
     assert done.returncode == 0
     assert done.stderr == ""
     assert len(done.stdout.split()) > 8
 
 
-def test_json_is_one_object_with_all_figures():
+def test_generate_json_is_one_object_with_all_figures():
     out = as_json(PROMPT, "--max-new-tokens", 20)
     assert list(out) == JSON_KEYS
     assert out["mode"] == "verify"
@@ -72,7 +75,7 @@ def test_json_is_one_object_with_all_figures():
     assert out["steps"] <= 19
 
 
-def test_the_three_modes():
+def test_generate_in_every_mode_counts_its_steps():
     standard, verify, alternate = (
         as_json(PROMPT, "--mode", mode, "--max-new-tokens", 60)
         for mode in ("standard", "verify", "alternate")
@@ -85,7 +88,7 @@ def test_the_three_modes():
     assert alternate["acceptance_rate"] == 1
 
 
-def test_drafts_as_it_pays():
+def test_generate_with_auto_drafts_equals_standard():
     auto, standard = (
         as_json(PROMPT, *options, "--max-new-tokens", 60)
         for options in (("--drafts", "auto"), ("--mode", "standard"))
@@ -98,31 +101,31 @@ def test_drafts_as_it_pays():
     assert auto["gigabytes_per_second"] > 0
 
 
-def test_stats_go_to_standard_error():
+def test_generate_stats_go_to_standard_error():
     done = command(PROMPT, "--max-new-tokens", 10, "--stats")
     for word in ("prefill", "decode", "acceptance", "base steps", "GB/s", "tokens/s"):
         assert word in done.stderr
     assert "tokens/s" not in done.stdout
 
 
-def test_a_prompt_from_standard_input():
+def test_generate_reads_the_prompt_from_standard_input():
     given = as_json("-", "--max-new-tokens", 8, input=PROMPT)
     assert given["token_ids"] == as_json(PROMPT, "--max-new-tokens", 8)["token_ids"]
 
 
-def test_a_seed_repeats_a_sample():
+def test_generate_with_the_same_seed_repeats_the_sample():
     options = ("--temperature", 1, "--top-k", 50, "--top-p", 0.95, "--max-new-tokens", 24)
     first, again, other = (as_json(PROMPT, *options, "--seed", seed) for seed in (5, 5, 6))
     assert first["token_ids"] == again["token_ids"] != other["token_ids"]
 
 
-def test_chat_uses_the_models_template():
+def test_generate_chat_uses_the_chat_template():
     out = as_json("What is two plus two?", "--chat", "--max-new-tokens", 12)
     assert out["prompt_tokens"] > 25
     assert "<|im_" not in out["text"]
 
 
-def test_ctrl_c_prints_what_there_is_and_leaves_with_130():
+def test_generate_after_ctrl_c_ends_its_line_and_leaves_with_130():
     process = subprocess.Popen(
         [sys.executable, "-m", "recycle_ext.generate", PROMPT, "--max-new-tokens", "4000"],
         stdout=subprocess.PIPE,
@@ -138,7 +141,7 @@ def test_ctrl_c_prints_what_there_is_and_leaves_with_130():
     assert "Traceback" not in error
 
 
-def test_output_into_a_pipe_that_closes():
+def test_generate_into_a_closed_pipe_ends_without_a_traceback():
     line = f'"{sys.executable}" -m recycle_ext.generate "{PROMPT}" --max-new-tokens 200 | head -c 5'
     done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
     assert len(done.stdout) == 5
@@ -161,7 +164,7 @@ def test_output_into_a_pipe_that_closes():
         (["word " * 9000], "9001 tokens; this model's context is 8192"),
     ],
 )
-def test_a_users_mistake_is_one_line(arguments, message):
+def test_generate_with_a_users_mistake_prints_one_line(arguments, message):
     done = command(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
@@ -170,7 +173,7 @@ def test_a_users_mistake_is_one_line(arguments, message):
     assert done.stdout == ""
 
 
-def test_standard_input_that_is_no_text():
+def test_generate_with_undecodable_standard_input_is_refused():
     done = subprocess.run(
         [sys.executable, "-m", "recycle_ext.generate", "-"],
         input=b"\xff\xfe\xfa",
@@ -181,23 +184,10 @@ def test_standard_input_that_is_no_text():
     assert b"standard input is not UTF-8" in done.stderr
 
 
-def test_a_module_of_another_base_is_refused(tmp_path, default_model):
+def test_generate_with_a_module_of_another_base_is_refused(tmp_path, default_model):
     base = write_base(tmp_path)
-    # The shipped module, offered to a model it wasn't trained for.
-    from recycle_ext.checkpoint.base_model import open_checkpoint
-    from recycle_ext.checkpoint.module import default_module
-
+    # The shipped module was trained for the default model, not for this one.
     module = default_module(open_checkpoint(default_model))
     done = command("x", "--model", base.path, "--module", module)
     assert done.returncode == 2
     assert "was trained for" in done.stderr
-
-
-def test_the_commands_leave_the_library_calls_name_alone():
-    """recycle_ext.generate is a function and a command; importing the other commands is not to make it a module."""
-    names = ("train", "train.draft_vocab", "eval", "bench", "convert")
-    imports = "; ".join(
-        f"import recycle_ext.{name}" + ("" if "." in name else ".__main__") for name in names
-    )
-    checked = f"{imports}; assert callable(recycle_ext.generate)"
-    subprocess.run([sys.executable, "-c", checked], check=True)

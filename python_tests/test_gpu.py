@@ -1,4 +1,7 @@
-"""The ops on a GPU, against the CPU's. What needs none is in test_cuda_emulated.py and test_gpu_prefill.py."""
+"""The ops on a GPU, compared with the CPU's.
+
+test_cuda_emulated.py and test_gpu_prefill.py test the same without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def on_gpu(arguments):
         ([3000, 64, 129], 2, 32, 8, 128),
     ],
 )
-def test_attention_is_as_exact_as_pytorch(
+def test_attention_decode_is_as_exact_as_pytorch(
     lengths, rows, n_heads, n_kv_heads, head_dim, cache_dtype
 ):
     capacity = max(lengths) + rows + 3
@@ -66,7 +69,7 @@ def test_attention_is_as_exact_as_pytorch(
     ("rows", "d", "n_vocab"),
     [(1, 32, 1), (1, 576, 1000), (2, 64, 17), (5, 160, 65), (8, 576, 333), (33, 64, 100)],
 )
-def test_the_head_takes_the_largest_logit(format, rows, d, n_vocab):
+def test_recycle_head_greedy_returns_the_argmax(format, rows, d, n_vocab):
     hidden, norm, packed, matrix = case(rows, d, n_vocab, format)
     tokens, log_probs = torch.ops.recycle.recycle_head(
         hidden.to(CUDA), norm.to(CUDA), EPS, packed.to(CUDA), FORMATS[format], n_vocab,
@@ -75,16 +78,18 @@ def test_the_head_takes_the_largest_logit(format, rows, d, n_vocab):
     normed = reference_ops.rms_norm(hidden.double(), norm.double(), EPS)
     exact = (normed @ matrix.T).log_softmax(-1)
     native = (reference_ops.rms_norm(hidden, norm, EPS) @ matrix.float().T).log_softmax(-1)
-    picked = exact.argmax(-1)[:, None]
-    assert torch.equal(tokens.cpu(), picked[:, 0])
-    assert_as_good_as(log_probs.cpu()[:, None], native.gather(1, picked), exact.gather(1, picked))
+    expected = exact.argmax(-1)[:, None]
+    assert torch.equal(tokens.cpu(), expected[:, 0])
+    assert_as_good_as(
+        log_probs.cpu()[:, None], native.gather(1, expected), exact.gather(1, expected)
+    )
 
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
     [(1.0, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.6), (1.3, 20, 0.9), (1.0, 1, 1.0)],
 )
-def test_the_head_draws_the_token_the_reference_draws(temperature, top_k, top_p):
+def test_recycle_head_sampled_equals_reference(temperature, top_k, top_p):
     n_vocab, rows = 300, 64
     hidden, norm, packed, matrix = case(rows, 64, n_vocab, "f32")
     positions, seeds = torch.arange(rows) + 7, torch.arange(rows) * 7919 + 2**40
@@ -99,7 +104,7 @@ def test_the_head_draws_the_token_the_reference_draws(temperature, top_k, top_p)
 
 
 def both(packed, mode, drafts, cache_dtype=torch.float32, prompts=(PROMPT,), **sampling):
-    """The same sequences on the CPU and on the GPU."""
+    """A decoder on the CPU and one on the GPU, after the prefill of the same prompts."""
     decoders = [
         Decoder(
             model, mode, drafts, len(prompts), capacity=400, cache_dtype=cache_dtype, **sampling
@@ -114,20 +119,21 @@ def both(packed, mode, drafts, cache_dtype=torch.float32, prompts=(PROMPT,), **s
 
 
 def compare(cpu, gpu, steps) -> int:
+    """Steps both decoders side by side; returns the number of accepted draft tokens."""
     accepted = 0
     assert torch.equal(gpu.pending.cpu(), cpu.pending)
     for _ in range(steps):
         expected, given = cpu.step(), gpu.step()
-        assert torch.equal(given[0], expected[0])
-        assert torch.equal(given[1], expected[1])
+        assert torch.equal(given.tokens, expected.tokens)
+        assert torch.equal(given.counts, expected.counts)
         assert torch.equal(gpu.pending.cpu(), cpu.pending)
         assert torch.equal(gpu.lengths.cpu(), cpu.lengths)
-        accepted += int((given[1] - 1).clamp_min(0).sum())
+        accepted += int((given.counts - 1).clamp_min(0).sum())
     return accepted
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_standard_mode_of_every_architecture(tmp_path, architecture):
+def test_standard_step_of_every_architecture_equals_cpu(tmp_path, architecture):
     packed = pack_model(write_base(tmp_path, architecture), None, "f32")
     compare(*both(packed, "standard", 1), 20)
 
@@ -144,20 +150,20 @@ MODULES = {
 @pytest.mark.parametrize("drafts", [1, 2, 4])
 @pytest.mark.parametrize("mode", ["verify", "alternate"])
 @pytest.mark.parametrize("kind", MODULES)
-def test_every_kind_of_module(tmp_path, kind, mode, drafts):
+def test_step_of_every_kind_of_module_equals_cpu(tmp_path, kind, mode, drafts):
     base = write_base(tmp_path / "base", "qwen3")
     packed = pack_model(base, write_module(tmp_path / "module", base, **MODULES[kind]), "f32")
     compare(*both(packed, mode, drafts, prompts=[PROMPT, [], [7] * 70]), 12)
 
 
-def test_drafts_that_are_accepted(tmp_path):
+def test_accepted_draft_tokens_equal_cpu(tmp_path):
     base = write_base(tmp_path / "base", n_layers=1)
     packed = pack_model(base, write_module(tmp_path / "module", base, like_base=True), "f32")
     assert compare(*both(packed, "verify", 2), 30) > 0
 
 
 @pytest.mark.parametrize("mode", ["standard", "verify", "alternate"])
-def test_sampled_steps_draw_what_the_cpu_draws(tmp_path, mode):
+def test_sampled_step_equals_cpu(tmp_path, mode):
     base = write_base(tmp_path / "base")
     packed = pack_model(base, write_module(tmp_path / "module", base, draft_vocab_size=60), "f32")
     compare(*both(packed, mode, 2, temperature=1.5, top_k=50, top_p=0.95, seeds=[2**45 + 11]), 20)
@@ -165,8 +171,8 @@ def test_sampled_steps_draw_what_the_cpu_draws(tmp_path, mode):
 
 @pytest.mark.parametrize("dtype", ["bf16", "q8", "q4"])
 @pytest.mark.parametrize("drafts", [1, 3])
-def test_verify_writes_the_bits_of_standard(tmp_path, dtype, drafts):
-    """Ids and cache, whatever the batch and the number of rows; through graphs."""
+def test_verify_greedy_equals_standard_bit_for_bit(tmp_path, dtype, drafts):
+    """Token ids and cache, in CUDA graphs, for different batches and numbers of rows."""
     base = write_base(tmp_path / "base", hidden_size=576, intermediate_size=1536, vocab_size=517)
     packed = pack_model(base, write_module(tmp_path / "module", base), dtype).to(CUDA)
     standard = Decoder(packed, "standard", capacity=400)
@@ -177,17 +183,17 @@ def test_verify_writes_the_bits_of_standard(tmp_path, dtype, drafts):
     verify.prefill(PROMPT, 1)
     others = [int(verify.pending[1, 0])]
     while len(ids) < 60:
-        ids += standard.step()[0][0].tolist()
+        ids += standard.step().tokens[0].tolist()
     while len(others) < 60:
-        tokens, counts, *_ = verify.step()
-        others += tokens[1, : counts[1]].tolist()
+        step = verify.step()
+        others += step.tokens[1, : step.counts[1]].tolist()
     assert ids[:60] == others[:60]
     rows = len(PROMPT) + 58
     assert torch.equal(standard.base_cache[:, :, 0, :, :rows], verify.base_cache[:, :, 1, :, :rows])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_steps_of_different_widths(tmp_path, temperature):
+def test_step_after_changed_num_draft_tokens_equals_cpu(tmp_path, temperature):
     base = write_base(tmp_path / "base", n_layers=1)
     module = write_module(tmp_path / "module", base, like_base=True, draft_vocab_size=37)
     packed = pack_model(base, module, "f32")
@@ -201,7 +207,7 @@ def test_steps_of_different_widths(tmp_path, temperature):
     assert accepted > 0
 
 
-def test_auto_writes_what_standard_writes_and_times_its_steps(tmp_path):
+def test_auto_drafts_equal_standard_and_time_their_steps(tmp_path):
     base = write_base(tmp_path / "base", n_layers=1)
     module = write_module(tmp_path / "module", base, like_base=True)
     packed = pack_model(base, module, "f32").to(CUDA)
@@ -215,7 +221,7 @@ def test_auto_writes_what_standard_writes_and_times_its_steps(tmp_path):
     assert all(0 < graph.seconds < 1 for graph in auto._graphs.values())
 
 
-def test_the_next_step_starts_before_one_is_read(tmp_path):
+def test_run_with_steps_ahead_equals_step(tmp_path):
     base = write_base(tmp_path / "base")
     packed = pack_model(base, write_module(tmp_path / "module", base), "bf16").to(CUDA)
     one, other = (Decoder(packed, "verify", 2, capacity=400) for _ in range(2))
@@ -224,10 +230,10 @@ def test_the_next_step_starts_before_one_is_read(tmp_path):
     steps = other.run()
     for _ in range(20):
         expected, given = one.step(), next(steps)
-        assert torch.equal(given[0], expected[0])
+        assert torch.equal(given.tokens, expected.tokens)
 
 
-def test_a_new_prompt_forgets_what_was_started_ahead(tmp_path):
+def test_new_prompt_discards_the_step_ahead(tmp_path):
     base = write_base(tmp_path / "base")
     packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
     on_cpu, on_gpu = (
@@ -239,8 +245,8 @@ def test_a_new_prompt_forgets_what_was_started_ahead(tmp_path):
         assert [next(given) for _ in range(9)] == list(on_cpu.stream(prompt))[:9]
 
 
-def test_a_step_without_a_graph(tmp_path):
-    """For compute-sanitizer, which needs every tensor in memory of its own."""
+def test_step_without_a_graph_runs(tmp_path):
+    """For compute-sanitizer, which checks bounds where each tensor has its own allocation."""
     base = write_base(tmp_path / "base")
     packed = pack_model(base, write_module(tmp_path / "module", base), "bf16").to(CUDA)
     decoder = Decoder(packed, "verify", 2, batch=2, capacity=400)
@@ -251,7 +257,7 @@ def test_a_step_without_a_graph(tmp_path):
     assert counts[1] > 0
 
 
-def test_inside_a_graph_and_a_compiled_function_of_the_users_own(tmp_path):
+def test_op_in_a_users_graph_and_compiled_function_equals_op(tmp_path):
     base = write_base(tmp_path / "base")
     packed = pack_model(base, write_module(tmp_path / "module", base), "bf16").to(CUDA)
     plain, graphed, compiled = (Decoder(packed, "verify", 1, capacity=400) for _ in range(3))
@@ -271,7 +277,7 @@ def test_inside_a_graph_and_a_compiled_function_of_the_users_own(tmp_path):
         assert torch.equal(step(*compiled.arguments())[0], expected[0])
 
 
-def test_numbers_that_are_none_are_reported_and_the_state_stays(tmp_path):
+def test_nonfinite_logit_is_reported_and_leaves_the_state(tmp_path):
     base = write_base(tmp_path)
     decoder = Decoder(pack_model(base, None, "f32").to(CUDA), "standard", capacity=50)
     decoder.prefill(PROMPT)
@@ -284,7 +290,7 @@ def test_numbers_that_are_none_are_reported_and_the_state_stays(tmp_path):
     assert torch.equal(decoder.lengths, before[1])
 
 
-def test_no_room_is_reported(tmp_path):
+def test_full_cache_is_reported(tmp_path):
     decoder = Decoder(
         pack_model(write_base(tmp_path), None, "f32").to(CUDA), "standard", capacity=8
     )
@@ -295,7 +301,7 @@ def test_no_room_is_reported(tmp_path):
         decoder.step()
 
 
-def test_opcheck(tmp_path):
+def test_decode_step_passes_opcheck(tmp_path):
     base = write_base(tmp_path / "base")
     packed = pack_model(base, write_module(tmp_path / "module", base), "f32").to(CUDA)
     decoder = Decoder(packed, "verify", 1, capacity=40)

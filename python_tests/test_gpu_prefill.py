@@ -1,4 +1,4 @@
-"""recycle_ext.gpu_prefill without a GPU: the same PyTorch code on CPU tensors, against the CPU's kernels."""
+"""The prefill of GPUs, without a GPU: the same PyTorch code on CPU tensors, compared with the CPU's kernels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recycle_ext.weights.plan import read_plan
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (17, 96), (64, 64), (33, 160)])
-def test_a_matrix_is_unpacked_exactly(format, n, k):
+def test_unpacked_matrix_is_exact(format, n, k):
     matrix = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k))
     packed = Matrix(pack_matrix(matrix, format), 0, format, n, k)
     exact = dequantised(matrix, format)
@@ -29,6 +29,7 @@ def test_a_matrix_is_unpacked_exactly(format, n, k):
 
 
 def compare(base, module, dtype, length, tolerance):
+    """fill_caches() and the CPU's prefill leave the same rows in the caches, and no other rows."""
     packed = pack_model(base, module, dtype)
     prompt = torch.randint(0, 101, (length,), generator=torch.Generator().manual_seed(3))
     expected, ours = (
@@ -58,7 +59,7 @@ def compare(base, module, dtype, length, tolerance):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture(tmp_path, architecture):
+def test_prefill_of_every_architecture_equals_cpu(tmp_path, architecture):
     compare(write_base(tmp_path, architecture), None, "f32", 40, 2e-5)
 
 
@@ -67,19 +68,19 @@ def test_every_architecture(tmp_path, architecture):
     [{}, {"norms": False}, {"input_bias": True, "n_layers": 2}, {"zero_first_embedding": True}],
     ids=str,
 )
-def test_every_kind_of_module(tmp_path, kind):
+def test_prefill_of_every_kind_of_module_equals_cpu(tmp_path, kind):
     base = write_base(tmp_path / "base", "qwen3")
     compare(base, write_module(tmp_path / "module", base, **kind), "f32", 40, 2e-5)
 
 
 @pytest.mark.parametrize("length", [1, 2, 16, 17, 100])
-def test_prompts_longer_than_one_pass(tmp_path, monkeypatch, length):
+def test_prefill_in_several_passes_equals_cpu(tmp_path, monkeypatch, length):
     monkeypatch.setattr(cuda_prefill, "ROWS_PER_PASS", 16)
     base = write_base(tmp_path / "base")
     compare(base, write_module(tmp_path / "module", base), "f32", length, 2e-5)
 
 
-def test_in_bfloat16_it_is_as_exact_as_the_model_in_pytorch(tmp_path):
+def test_prefill_in_bf16_is_as_exact_as_pytorch(tmp_path):
     base = write_base(tmp_path)
     prompt = torch.randint(0, 101, (40,), generator=torch.Generator().manual_seed(3))
     packed = pack_model(base, None, "bf16")
@@ -90,5 +91,8 @@ def test_in_bfloat16_it_is_as_exact_as_the_model_in_pytorch(tmp_path):
     reference_base(base, torch.bfloat16)(prompt[None, :-1], native)
     for layer in range(base.config.n_layers):
         for kv in (0, 1):
-            truth = exact.held(layer)[kv][0]
-            assert_as_good_as(ours[layer, kv, 0, :, :39], native.held(layer)[kv][0], truth)
+            assert_as_good_as(
+                ours[layer, kv, 0, :, :39],
+                native.held(layer)[kv][0],
+                exact.held(layer)[kv][0],
+            )

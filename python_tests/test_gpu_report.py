@@ -1,4 +1,4 @@
-"""What of python -m recycle_ext.bench --device cuda can be checked without a GPU."""
+"""The parts of python -m recycle_ext.bench --device cuda that run without a GPU."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import torch
 from models import reference_base, write_base
 
 from recycle_ext.bench.__main__ import main
-from recycle_ext.bench.gpu_report import Contender as Line
-from recycle_ext.bench.gpu_report import bars, figures, heading, table
+from recycle_ext.bench.gpu_report import GpuRunner, bars, figures, heading, table
 from recycle_ext.bench.plain_torch import StaticDecoder
-from recycle_ext.bench.plot import plot
+from recycle_ext.bench.plot import draw, plot
 from recycle_ext.bench.random_model import SHAPES, random_model
 from recycle_ext.checkpoint.shapes import base_shapes, module_shapes
 from recycle_ext.decoding.decoder import Decoder
@@ -21,8 +20,8 @@ from recycle_ext.decoding.decoder import Decoder
 
 @pytest.mark.parametrize("dtype", ["bf16", "q8", "q4"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
-def test_random_models_decode_in_every_width(shape, dtype):
-    """Fewer layers and a smaller vocabulary than in the report, so that it takes seconds."""
+def test_random_models_decode_in_every_dtype(shape, dtype):
+    """Fewer layers and a smaller vocabulary than in the report, so that the test takes seconds."""
     base = dataclasses.replace(shape.base, n_layers=2, vocab_size=9000)
     for module in shape.modules.values():
         module = dataclasses.replace(module, n_layers=1, vocab_size=9000)
@@ -32,7 +31,7 @@ def test_random_models_decode_in_every_width(shape, dtype):
         assert decoder.step()[1].tolist() == [2]
 
 
-def test_the_papers_sizes():
+def test_paper_shape_has_the_sizes_of_the_paper():
     """1.3 billion parameters, and a module of 6 layers with 15% as many."""
     paper = SHAPES[0]
     base = sum(map(math.prod, base_shapes(paper.base).values()))
@@ -41,7 +40,7 @@ def test_the_papers_sizes():
     assert module / base == pytest.approx(0.15, abs=0.005)
 
 
-def test_the_pytorch_peer_writes_what_the_reference_writes(tmp_path):
+def test_pytorch_peer_gives_the_token_of_the_reference(tmp_path):
     base = write_base(tmp_path)
     plain = StaticDecoder(base.config, 32, torch.device("cpu"))
     reference = reference_base(base, torch.bfloat16)
@@ -53,38 +52,43 @@ def test_the_pytorch_peer_writes_what_the_reference_writes(tmp_path):
     assert int(given) == int(expected)
 
 
-def lines():
+def runners() -> list[GpuRunner]:
     common = ("Tiny", "recycle_ext")
     prefill = 1000.0
     return [
-        Line(*common, "standard", "bf16", None, 1.0, 100, 100, [2e-3, 1e-3, 3e-3], prefill),
-        Line(*common, "verify", "bf16", None, None, 125, 100, [2.4e-3], prefill),
-        Line(*common, "alternate", "bf16", None, 2.0, 125, 100, [2.5e-3], prefill),
-        Line("Tiny", "torch.compile", "standard", "bf16", None, 1.0, 100, 100, [5e-3]),
+        GpuRunner(*common, "standard", "bf16", None, 1.0, 100, 100, [2e-3, 1e-3, 3e-3], prefill),
+        GpuRunner(*common, "verify", "bf16", None, None, 125, 100, [2.4e-3], prefill),
+        GpuRunner(*common, "alternate", "bf16", None, 2.0, 125, 100, [2.5e-3], prefill),
+        GpuRunner("Tiny", "torch.compile", "standard", "bf16", None, 1.0, 100, 100, [5e-3]),
     ]
 
 
-def test_the_table_says_speed_up_and_its_limit():
-    results = [figures(line, 1e5) for line in lines()]
+def test_table_shows_the_speed_up_and_its_limit():
+    results = [figures(runner, 1e5) for runner in runners()]
     assert [r["step_microseconds"] for r in results] == pytest.approx([2000, 2400, 2500, 5000])
-    rows = table(results).splitlines()[2:]
-    assert rows[0] == "| Tiny | recycle_ext | standard | bf16 | 2000 | 500 | 0 | 50% |  |  | 1000 |"
-    assert rows[1] == "| Tiny | recycle_ext | verify | bf16 | 2400 |  | 0 | 52% |  |  | 1000 |"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(results).splitlines()[2:]]
+    ours = ["Tiny", "recycle_ext"]
+    assert rows[0] == [*ours, "standard", "bf16", "2000", "500", "0", "50%", "", "", "1000"]
+    assert rows[1] == [*ours, "verify", "bf16", "2400", "", "0", "52%", "", "", "1000"]
     # Two steps of standard in the time of one and a quarter, where the bytes would allow 1.6.
-    assert rows[2] == (
-        "| Tiny | recycle_ext | alternate | bf16 | 2500 | 800 | 0 | 50% | 1.60x | 100% | 1000 |"
-    )
-    assert rows[3] == "| Tiny | torch.compile | standard | bf16 | 5000 | 200 | 0 | 20% |  |  |  |"
+    assert rows[2] == ([*ours, "alternate", "bf16", "2500", "800", "0", "50%", "1.60x", "100%", "1000"])
+    peer = ["Tiny", "torch.compile", "standard", "bf16", "5000", "200", "0", "20%", "", "", ""]
+    assert rows[3] == peer
 
 
-def test_the_plot_is_drawn(tmp_path):
+def test_plot_shows_the_rates_in_bf16_by_shape(tmp_path):
     pytest.importorskip("matplotlib", reason="the plot needs the extra `bench`")
-    results = [figures(line, 1e5) for line in lines()]
+    results = [figures(runner, 1e5) for runner in runners()]
     report = {
         "machine": {"gpu": "G", "driver": "1", "torch": "2", "cuda": "13", "date": "today"},
         "checks": {"tests": "passed"},
     }
-    plot({"results": bars(results)}, heading(report), str(tmp_path / "gpu.png"))
+    (axes,) = draw(bars(results), heading(report), group="shape").axes
+    heights = [bar.get_height() for series in axes.containers for bar in series]
+    assert heights == pytest.approx([500, 800, 200])  # verify depends on the module
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["Tiny"]
+    assert [line.get_ydata()[0] for line in axes.lines] == pytest.approx([1000, 1600, 1000])
+    plot(bars(results), heading(report), str(tmp_path / "gpu.png"), group="shape")
     assert (tmp_path / "gpu.png").stat().st_size > 1000
 
 
@@ -97,7 +101,7 @@ def test_the_plot_is_drawn(tmp_path):
         (["--device", "tpu", "--report", "out"], "device is 'tpu'; it must be"),
     ],
 )
-def test_what_cannot_be_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
+def test_impossible_device_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Greedy verify mode gives the tokens of standard mode, id for id, whatever the circumstances."""
+"""Greedy verify mode gives the tokens of standard mode in every format, batch, thread count and number of drafts."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def model(
 
 
 def decode(packed, mode, drafts, prompts, cache_dtype, changes=()) -> tuple[list[list[int]], int]:
-    """All prompts as one batch; the tokens of each, and how many drafts counted.
+    """Decodes all prompts as one batch: the new tokens of each prompt, and the accepted draft tokens of all.
 
-    changes: drafts before each step, in turn.
+    changes: numbers of draft tokens that the steps are set to, in turn.
     """
     changes = itertools.cycle(changes)
     decoder = Decoder(
@@ -72,7 +72,7 @@ def decode(packed, mode, drafts, prompts, cache_dtype, changes=()) -> tuple[list
     threads=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     cache_dtype=st.sampled_from(list(CACHE_DTYPES.values())),
 )
-def test_verify_is_standard(
+def test_verify_greedy_equals_standard(
     architecture, seed, dtype, module_dtype, draft_vocab, prompts, drafts, threads, cache_dtype
 ):
     packed = model(architecture, seed, dtype, draft_vocab, module_dtype)
@@ -95,7 +95,7 @@ def test_verify_is_standard(
     cache_dtype=st.sampled_from(list(CACHE_DTYPES.values())),
 )
 @pytest.mark.parametrize("name", _C.runnable_isas())
-def test_so_it_is_when_the_number_of_drafts_changes(
+def test_verify_with_changing_num_draft_tokens_equals_standard(
     name, seed, dtype, draft_vocab, prompts, changes, cache_dtype
 ):
     packed = model("llama", seed, dtype, draft_vocab)
@@ -108,8 +108,8 @@ def test_so_it_is_when_the_number_of_drafts_changes(
     assert given == expected
 
 
-def test_the_property_is_not_empty():
-    """In these models some drafts are accepted and some are not, and alternate mode does differ."""
+def test_models_of_these_tests_accept_some_draft_tokens_and_not_all():
+    """Otherwise the tests above would hold whatever verify mode does; and alternate mode gives other tokens."""
     prompts = [[seed, 40, 7] for seed in range(4)]
     accepted = offered = 0
     differs = False
@@ -123,7 +123,7 @@ def test_the_property_is_not_empty():
     assert differs
 
 
-def test_sequences_join_and_leave_without_disturbing_the_others():
+def test_sequences_that_join_and_leave_do_not_disturb_the_others():
     packed = model("llama", 1, "bf16", 0)
     prompts = [[3, 1, 4], [15, 9, 2, 6], [5, 3, 5, 8, 97]]
     alone = [decode(packed, "verify", 2, [p], torch.bfloat16)[0][0] for p in prompts]

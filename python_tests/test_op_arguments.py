@@ -1,4 +1,4 @@
-"""A wrong argument is a ValueError that names it, says what was given and what is needed."""
+"""A wrong argument is a ValueError that names the argument, what was given and what is needed."""
 
 from __future__ import annotations
 
@@ -35,16 +35,24 @@ def packed(tmp_path_factory):
     return pack_model(base, write_module(folder / "module", base), "f32")
 
 
+def misaligned(buffer):
+    """The same bytes at an address that is no multiple of 64."""
+    return torch.cat((buffer, buffer[:64]))[1:]
+
+
+ADDRESS = "must begin at an address that is a multiple of 64"
+
+
 @pytest.fixture
 def step(packed):
-    """Good arguments of decode_step, by name."""
+    """Good arguments of decode_step by name; two sequences have read a prompt."""
     decoder = Decoder(packed, "verify", 2, batch=2, capacity=30)
     decoder.prefill([1, 2, 3], 0)
     decoder.prefill([4, 5], 1)
     return dict(zip(STEP, decoder.arguments(), strict=True))
 
 
-def test_good_arguments_work(step):
+def test_decode_step_with_good_arguments_is_accepted(step):
     torch.ops.recycle.decode_step(**step)
 
 
@@ -52,6 +60,7 @@ def test_good_arguments_work(step):
     ("name", "change", "message"),
     [
         ("weights", lambda t: t[:-64], "plan points outside the weights"),
+        ("weights", misaligned, f"weights {ADDRESS}"),
         ("weights", lambda t: t.float(), "weights is float32; it must be uint8"),
         ("plan", lambda t: t[:-1], "plan is cut off"),
         ("plan", lambda t: t * 0, "not a plan"),
@@ -74,7 +83,8 @@ def test_good_arguments_work(step):
         ("lengths", lambda t: t + torch.tensor([[0], [1]]), r"lengths\[1\]\[0\] is 4; .* 0 to 3"),
         ("lengths", lambda t: t * torch.tensor([[1], [-1]]), r"lengths\[1\]\[0\] is -3; .* 0 to 3"),
         ("scratch", lambda t: t[:100], "scratch has 100 bytes; it needs"),
-        ("scratch", lambda t: t[1:], "scratch"),
+        ("scratch", lambda t: t[64:], r"scratch has \d+ bytes; it needs \d+"),
+        ("scratch", misaligned, f"scratch {ADDRESS}"),
         ("decode_mode", lambda _: 3, "decode_mode is 3; it must be 0 .* 1 .* or 2"),
         ("decode_mode", lambda _: 0, "without drafts in standard mode"),
         ("temperature", lambda _: -1.0, "temperature is -1"),
@@ -85,7 +95,7 @@ def test_good_arguments_work(step):
         ("seeds", lambda t: t[:1], r"seeds has shape \[1\]; it must be \[2\]"),
     ],
 )
-def test_decode_step_names_the_wrong_argument(step, name, change, message):
+def test_decode_step_with_a_wrong_argument_names_it(step, name, change, message):
     before = step["pending"].clone(), step["lengths"].clone(), step["base_cache"].clone()
     wrong = step | {name: change(step[name])}
     with pytest.raises(ValueError, match=message):
@@ -94,8 +104,11 @@ def test_decode_step_names_the_wrong_argument(step, name, change, message):
         assert torch.equal(step[key], old)
 
 
-def test_a_corrupt_plan_never_reads_outside_the_weights(step):
-    """Each entry in turn replaced by numbers a damaged file could hold."""
+def test_decode_step_with_a_damaged_plan_is_refused(step):
+    """Each entry in turn is replaced by numbers that a damaged file could hold.
+
+    test_guard_pages.py shows that plans that are accepted all the same read nothing outside the weights.
+    """
     plan = step["plan"]
     refused = 0
     for index in range(len(plan)):
@@ -107,7 +120,7 @@ def test_a_corrupt_plan_never_reads_outside_the_weights(step):
                 torch.ops.recycle.decode_step(**fresh | {"plan": damaged})
             except (ValueError, RuntimeError):
                 refused += 1
-    # Some fields are free: flags, and vectors that may be absent.
+    # Flags may have any value, and eps any bits.
     assert refused > 3 * len(plan)
 
 
@@ -120,11 +133,14 @@ def test_a_corrupt_plan_never_reads_outside_the_weights(step):
         ([1], 2, "sequence is 2; it must be 0 to 1"),
     ],
 )
-def test_prefill_names_the_wrong_argument(step, prompt, sequence, message):
+def test_prefill_with_a_wrong_argument_names_it(step, prompt, sequence, message):
+    before = step["pending"].clone(), step["lengths"].clone(), step["base_cache"].clone()
     with pytest.raises(ValueError, match=message):
         torch.ops.recycle.prefill(
             **step, sequence=sequence, prompt=torch.tensor(prompt, dtype=torch.int64)
         )
+    for old, key in zip(before, ("pending", "lengths", "base_cache"), strict=True):
+        assert torch.equal(step[key], old)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +156,7 @@ def test_prefill_names_the_wrong_argument(step, prompt, sequence, message):
         ({"q_norm": torch.zeros(7)}, "q_norm has shape"),
     ],
 )
-def test_attention_decode_names_the_wrong_argument(change, message):
+def test_attention_decode_with_a_wrong_argument_names_it(change, message):
     good = {
         "q": torch.zeros(2, 1, 4, 32),
         "k": torch.zeros(2, 1, 2, 32),
@@ -154,7 +170,7 @@ def test_attention_decode_names_the_wrong_argument(change, message):
         torch.ops.recycle.attention_decode(**good | change)
 
 
-def test_attention_needs_heads_of_a_multiple_of_16():
+def test_attention_decode_with_head_dim_24_is_refused():
     with pytest.raises(ValueError, match="head_dim 24; it must be a multiple of 16"):
         torch.ops.recycle.attention_decode(
             torch.zeros(1, 1, 1, 24),
@@ -179,7 +195,7 @@ def test_attention_needs_heads_of_a_multiple_of_16():
         ({"positions": torch.zeros(2, dtype=torch.int64)}, "positions has shape"),
     ],
 )
-def test_recycle_head_names_the_wrong_argument(change, message):
+def test_recycle_head_with_a_wrong_argument_names_it(change, message):
     good = {
         "hidden": torch.zeros(1, 32),
         "norm": None,
@@ -212,19 +228,19 @@ def test_recycle_head_names_the_wrong_argument(change, message):
         ({"mode": "standard", "batch": 2, "seeds": [1]}, "batch is 2 and there are 1 seeds"),
     ],
 )
-def test_the_decoder_names_the_wrong_argument(packed, arguments, message):
+def test_decoder_with_a_wrong_argument_names_it(packed, arguments, message):
     with pytest.raises(RecycleError, match=message):
         Decoder(packed, **arguments)
 
 
-def test_a_change_of_drafts_that_cannot_be_is_refused(packed):
+def test_set_num_draft_tokens_out_of_range_is_refused(packed):
     with pytest.raises(RecycleError, match="drafts is 3; it must be 0 to 2"):
         Decoder(packed, "verify", 2).set_num_draft_tokens(3)
     with pytest.raises(RecycleError, match="mode is 'alternate'; drafts can be changed in verify"):
         Decoder(packed, "alternate", 2).set_num_draft_tokens(1)
 
 
-def test_a_mode_that_needs_a_module_says_so(tmp_path):
+def test_verify_without_a_module_is_refused(tmp_path):
     packed = pack_model(write_base(tmp_path), None, "f32")
     with pytest.raises(RecycleError, match="needs a module, and none is loaded"):
         Decoder(packed, "verify")
@@ -234,6 +250,6 @@ def test_a_mode_that_needs_a_module_says_so(tmp_path):
     ("sizes", "message"),
     [({"hidden_size": 40}, "hidden_size is 40"), ({"head_dim": 24}, "head_dim is 24")],
 )
-def test_sizes_the_kernels_cannot_do_are_refused(tmp_path, sizes, message):
+def test_pack_model_with_unsupported_sizes_is_refused(tmp_path, sizes, message):
     with pytest.raises(RecycleError, match=message + "; the kernels need a multiple of 16"):
         pack_model(write_base(tmp_path, **sizes), None, "f32")

@@ -1,4 +1,4 @@
-"""torch.library.opcheck: schemas tell the truth about what is written, fakes about shapes."""
+"""torch.library.opcheck: schemas declare every argument that an op writes, fakes return the right shapes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
-def test_attention_decode(cache_dtype):
+def test_attention_decode_passes_opcheck(cache_dtype):
     arguments = (
         torch.randn(2, 3, 4, 32),
         torch.randn(2, 3, 2, 32),
@@ -27,7 +27,7 @@ def test_attention_decode(cache_dtype):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_recycle_head(temperature):
+def test_recycle_head_passes_opcheck(temperature):
     arguments = (
         torch.randn(3, 32),
         torch.ones(32),
@@ -46,7 +46,7 @@ def test_recycle_head(temperature):
 
 @pytest.mark.parametrize("mode", ["standard", "verify", "alternate"])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_decode_step_and_prefill(tmp_path, mode, temperature):
+def test_decode_step_and_prefill_pass_opcheck(tmp_path, mode, temperature):
     base = write_base(tmp_path / "base")
     module = write_module(tmp_path / "module", base)
     decoder = Decoder(
@@ -60,7 +60,7 @@ def test_decode_step_and_prefill(tmp_path, mode, temperature):
     torch.library.opcheck(torch.ops.recycle.prefill.default, prompt, test_utils=TESTS)
 
 
-def test_a_step_module_dtypeside_torch_compile(tmp_path):
+def test_decode_step_in_torch_compile_equals_eager(tmp_path):
     base = write_base(tmp_path)
     packed = pack_model(base, None, "bf16")
     eager, compiled = (Decoder(packed, "standard", capacity=40) for _ in range(2))

@@ -17,11 +17,13 @@ PROMPT = [3, 1, 4]
 VOCAB = 8
 TOKENS = 3
 BATCH, ROUNDS = 256, 60
-ERROR_LEVEL = 1e-4  # the chance that a right sampler fails this test, for seeds drawn anew
+ERROR_LEVEL = (
+    1e-4  # the probability that a right sampler fails one of these tests, over all choices of seeds
+)
 
 
 def exact_distribution(base, temperature, top_k, top_p) -> torch.Tensor:
-    """Of the next TOKENS tokens, [VOCAB] * TOKENS, by the reference model in float64."""
+    """Probabilities of all sequences of TOKENS tokens, [VOCAB ** TOKENS], by the reference model in float64."""
     model = reference_base(base)
     prefixes, weights = [[]], [1.0]
     for _ in range(TOKENS):
@@ -35,8 +37,11 @@ def exact_distribution(base, temperature, top_k, top_p) -> torch.Tensor:
 
 
 def sample(packed, mode, drafts, temperature, top_k, top_p, changing=False) -> torch.Tensor:
-    """How often each sequence of TOKENS tokens came up. changing: each step has 0 to ``drafts``, by chance."""
-    chance = random.Random(0)
+    """How often each sequence of TOKENS tokens came up, [VOCAB ** TOKENS].
+
+    changing: each step has a random number of draft tokens, 0 to ``drafts``.
+    """
+    generator = random.Random(0)
     counts = torch.zeros(VOCAB**TOKENS, dtype=torch.int64)
     place = VOCAB ** torch.arange(TOKENS - 1, -1, -1)
     for round_ in range(ROUNDS):
@@ -54,17 +59,17 @@ def sample(packed, mode, drafts, temperature, top_k, top_p, changing=False) -> t
         rows = [[decoder.prefill(PROMPT, b)] for b in range(BATCH)]
         while min(map(len, rows)) < TOKENS:
             if changing:
-                decoder.set_num_draft_tokens(chance.randint(0, drafts))
-            tokens, grown = decoder.step()
+                decoder.set_num_draft_tokens(generator.randint(0, drafts))
+            step = decoder.step()
             for b in range(BATCH):
-                rows[b] += tokens[b, : grown[b]].tolist()
+                rows[b] += step.sequence(b).tokens
         index = (torch.tensor([row[:TOKENS] for row in rows]) * place).sum(-1)
         counts += torch.bincount(index, minlength=len(counts))
     return counts
 
 
 def p_value(counts: torch.Tensor, probs: torch.Tensor) -> float:
-    """Of Pearson's chi-square test; cells that expect fewer than 5 are put together."""
+    """The p-value of Pearson's chi-square test; cells with an expected count below 5 are pooled."""
     assert int(counts[probs == 0].sum()) == 0, "a token came up that the cuts exclude"
     expected = probs * counts.sum()
     small = expected < 5
@@ -98,7 +103,7 @@ def tiny(tmp_path_factory):
         ("verify", 3, 1.5, 0, 0.85),
     ],
 )
-def test_verify_samples_the_base_distribution(tiny, mode, drafts, temperature, top_k, top_p):
+def test_sampled_verify_has_the_base_distribution(tiny, mode, drafts, temperature, top_k, top_p):
     base, packed = tiny
     probs = exact_distribution(base, temperature, top_k, top_p)
     counts = sample(packed, mode, drafts, temperature, top_k, top_p)
@@ -106,15 +111,17 @@ def test_verify_samples_the_base_distribution(tiny, mode, drafts, temperature, t
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.5, 0.85)])
-def test_so_it_does_when_the_number_of_drafts_changes(tiny, temperature, top_p):
+def test_sampled_verify_with_changing_num_draft_tokens_has_the_base_distribution(
+    tiny, temperature, top_p
+):
     base, packed = tiny
     probs = exact_distribution(base, temperature, 0, top_p)
     counts = sample(packed, "verify", 3, temperature, 0, top_p, changing=True)
     assert p_value(counts, probs) > ERROR_LEVEL
 
 
-def test_the_test_can_tell(tiny):
-    """Alternate mode takes the module's word, and is found out."""
+def test_alternate_mode_fails_the_same_test(tiny):
+    """Alternate mode accepts every draft token, so its distribution is another one: the test must tell."""
     base, packed = tiny
     probs = exact_distribution(base, 1.0, 0, 1.0)
     counts = sample(packed, "alternate", 1, 1.0, 0, 1.0)

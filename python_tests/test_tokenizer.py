@@ -1,4 +1,4 @@
-"""Token ids are those of transformers, and text that streams out is the text decoded at once."""
+"""Token ids equal those of transformers, and streamed text equals the text decoded at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from recycle_ext.checkpoint.base_model import open_checkpoint
-from recycle_ext.checkpoint.gguf import GgufHeader
+from recycle_ext.checkpoint.gguf_header import GgufHeader
 from recycle_ext.errors import RecycleError
 from recycle_ext.text.tokenizer import from_gguf
 
@@ -46,30 +46,30 @@ def theirs(default_model):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_ids_of_the_default_model(smollm2, theirs, text):
+def test_default_model_ids_equal_transformers(smollm2, theirs, text):
     assert smollm2.encode(text) == theirs(text, add_special_tokens=False).input_ids
 
 
-def test_chat_of_the_default_model(smollm2, theirs):
+def test_default_model_chat_equals_transformers(smollm2, theirs):
     expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     assert smollm2.apply_chat_template(CHAT) == expected
 
 
-def test_digits_of_the_default_model_stand_alone(smollm2):
-    # SmolLM2's rule; transformers forgets it when it reads the GGUF file, so this stands on its own.
+def test_default_model_digits_are_single_tokens(smollm2):
+    # SmolLM2's rule, which transformers does not read from a GGUF file.
     for text in ("12345", "7", "a1b2"):
         assert len(smollm2.encode(text)) == len(text)
     assert smollm2.encode("x 9")[-2:] == smollm2.encode(" ") + smollm2.encode("9")
 
 
-# Without control characters and such: the vocabulary lacks some of their bytes.
+# The vocabulary lacks some bytes of control characters.
 @given(text=st.text(st.characters(categories=("L", "N", "P", "S", "Zs"), max_codepoint=0xFFFF)))
-def test_text_comes_back(smollm2, text):
+def test_encoded_text_decodes_to_itself(smollm2, text):
     assert smollm2.decode(smollm2.encode(text)) == text
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_stream_gives_the_same_text(smollm2, text):
+def test_stream_equals_decode(smollm2, text):
     stream = smollm2.stream()
     ids = smollm2.encode(text)
     pieces = [stream.push(token) for token in ids]
@@ -77,20 +77,20 @@ def test_a_stream_gives_the_same_text(smollm2, text):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_a_character_of_several_tokens_comes_out_whole(smollm2):
+def test_stream_of_a_split_character_emits_it_whole(smollm2):
     ids = smollm2.encode("🙂")
     assert len(ids) > 1
     stream = smollm2.stream()
     assert [stream.push(token) for token in ids] == [""] * (len(ids) - 1) + ["🙂"]
 
 
-def test_half_a_character_comes_out_at_the_end(smollm2):
+def test_stream_flush_of_half_a_character_is_u_fffd(smollm2):
     stream = smollm2.stream()
     assert stream.push(smollm2.encode("北")[0]) == ""
     assert stream.flush() == "\ufffd"
 
 
-def test_text_that_cannot_be_encoded_is_refused(smollm2):
+def test_encode_of_invalid_utf8_is_refused(smollm2):
     with pytest.raises(RecycleError, match="not valid UTF-8: character 1"):
         smollm2.encode("a\udc80")
 
@@ -99,7 +99,7 @@ def test_text_that_cannot_be_encoded_is_refused(smollm2):
 
 
 def write_directory(folder: Path, **settings) -> None:
-    """A base model with a byte-level tokenizer of its own."""
+    """A base model with a byte-level tokenizer trained on TEXTS."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -117,7 +117,7 @@ def write_directory(folder: Path, **settings) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_ids_of_a_directory(tmp_path, text):
+def test_directory_ids_equal_transformers(tmp_path, text):
     write_directory(tmp_path)
     ours = open_checkpoint(tmp_path).tokenizer
     theirs = AutoTokenizer.from_pretrained(tmp_path)
@@ -125,7 +125,7 @@ def test_ids_of_a_directory(tmp_path, text):
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_a_directory_says_whether_prompts_start_with_bos(tmp_path, adds_bos):
+def test_directory_add_bos_token_decides_first_token(tmp_path, adds_bos):
     write_directory(tmp_path, add_bos_token=adds_bos)
     tokenizer = open_checkpoint(tmp_path).tokenizer
     bos = tokenizer.backend.token_to_id("<s>")
@@ -141,7 +141,7 @@ TEMPLATE = (
 
 
 @pytest.mark.parametrize("in_file", [False, True])
-def test_a_chat_template_of_a_directory(tmp_path, in_file):
+def test_directory_chat_template_equals_transformers(tmp_path, in_file):
     write_directory(tmp_path, **({} if in_file else {"chat_template": TEMPLATE}))
     if in_file:
         (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
@@ -150,19 +150,19 @@ def test_a_chat_template_of_a_directory(tmp_path, in_file):
     assert open_checkpoint(tmp_path).tokenizer.apply_chat_template(CHAT) == expected
 
 
-def test_a_template_may_refuse_messages(tmp_path):
+def test_chat_template_that_raises_is_an_error(tmp_path):
     write_directory(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(RecycleError, match="refuses these messages: roles must alternate"):
         open_checkpoint(tmp_path).tokenizer.apply_chat_template(CHAT)
 
 
-def test_a_model_without_a_chat_template_says_so(tmp_path):
+def test_model_without_chat_template_is_an_error(tmp_path):
     write_directory(tmp_path)
     with pytest.raises(RecycleError, match="no chat template"):
         open_checkpoint(tmp_path).tokenizer.apply_chat_template(CHAT)
 
 
-def test_a_directory_without_a_tokenizer_names_the_file(tmp_path):
+def test_directory_without_tokenizer_names_the_file(tmp_path):
     write_base(tmp_path)
     with pytest.raises(RecycleError, match=r"tokenizer\.json: missing"):
         _ = open_checkpoint(tmp_path).tokenizer
@@ -171,7 +171,7 @@ def test_a_directory_without_a_tokenizer_names_the_file(tmp_path):
         _ = open_checkpoint(tmp_path).tokenizer
 
 
-def test_a_token_beyond_the_embedding_is_named(tmp_path):
+def test_token_beyond_the_embedding_is_an_error(tmp_path):
     write_directory(tmp_path)
     write_base(tmp_path, vocab_size=100)
     with pytest.raises(RecycleError, match="vocabulary ends at 99"):
@@ -182,9 +182,9 @@ def test_a_token_beyond_the_embedding_is_named(tmp_path):
 
 
 def write_vocabulary(file: Path, **changes) -> GgufHeader:
-    """A GGUF file that holds a SentencePiece vocabulary and nothing else.
+    """A GGUF file with a SentencePiece vocabulary and no tensors.
 
-    The scores rank the merges so that ties and overlaps come up: "ab" before "bc" before "abc".
+    The scores rank the merges so that ties and overlaps occur: "ab" before "bc" before "abc".
     """
     pieces = ["ab", "bc", "abc", "▁a", "▁ab", "▁abc", "ca", "▁▁", "cab"]
     letters = list("▁abc.")
@@ -213,11 +213,11 @@ def write_vocabulary(file: Path, **changes) -> GgufHeader:
 
 def gguf_tokenizer(header: GgufHeader, folder: Path):
     config = write_base(folder / "sizes", vocab_size=300).config
-    return from_gguf(header, config)
+    return from_gguf(header, config.vocab_size, config.eos_token_ids)
 
 
 @pytest.mark.parametrize("text", ["abc", "abcab  cab.", "caabbc abc", "é a", "b\nc", "xyz"])
-def test_ids_of_a_sentencepiece_vocabulary(tmp_path, text):
+def test_sentencepiece_ids_equal_transformers(tmp_path, text):
     ours = gguf_tokenizer(write_vocabulary(tmp_path / "v.gguf"), tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="v.gguf")
     ids = ours.encode(text)
@@ -225,7 +225,27 @@ def test_ids_of_a_sentencepiece_vocabulary(tmp_path, text):
     assert ours.decode(ids[1:]) == text
 
 
-def test_sentencepiece_puts_a_space_before_any_text(tmp_path):
+def test_sentencepiece_stream_starts_with_the_space_after_a_prompt(tmp_path):
+    tokenizer = gguf_tokenizer(write_vocabulary(tmp_path / "v.gguf"), tmp_path)
+    prompt, word = tokenizer.encode("abc"), tokenizer.encode("abc", add_bos=False)
+    for after, text in (([], "abc"), ([1], "abc"), (prompt, " abc")):
+        stream = tokenizer.stream(after=after)
+        assert "".join(map(stream.push, word)) + stream.flush() == text
+
+
+def test_sentencepiece_stream_of_invalid_bytes_goes_on(tmp_path):
+    tokenizer = gguf_tokenizer(write_vocabulary(tmp_path / "v.gguf"), tmp_path)
+    character = [3 + byte for byte in "北".encode()]
+    invalid, letter = 3 + 0xFF, tokenizer.encode("a", add_bos=False)[0]
+    after_a_character = tokenizer.stream(after=[1, letter])
+    pieces = [after_a_character.push(token) for token in [*character, invalid, letter, 2]]
+    assert pieces == ["", "", "北", "", "\ufffd\ufffd\ufffd a", ""]
+    assert after_a_character.flush() == ""
+    after_a_prompt_of_invalid_bytes = tokenizer.stream(after=[1, letter, invalid])
+    assert after_a_prompt_of_invalid_bytes.push(letter) == " a"
+
+
+def test_sentencepiece_puts_a_space_before_text(tmp_path):
     tokenizer = gguf_tokenizer(write_vocabulary(tmp_path / "v.gguf"), tmp_path)
     names = [tokenizer.backend.id_to_token(i) for i in tokenizer.encode(" a", add_bos=False)]
     assert names == ["▁", "▁a"]
@@ -240,7 +260,7 @@ def test_sentencepiece_puts_a_space_before_any_text(tmp_path):
         ({"kind": "gpt2"}, "tokenizer.ggml.merges is missing"),
     ],
 )
-def test_a_vocabulary_that_is_not_supported(tmp_path, changes, message):
+def test_unsupported_vocabulary_is_refused(tmp_path, changes, message):
     header = write_vocabulary(tmp_path / "v.gguf", **changes)
     with pytest.raises(RecycleError, match=message) as caught:
         gguf_tokenizer(header, tmp_path)

@@ -1,8 +1,7 @@
-"""A module of ours in a real vLLM: the same text as without it, and as many guesses accepted as here.
+"""An exported module in a real vLLM: the text of vLLM without the module, and the acceptance of recycle_ext.
 
-Opt-in: `pytest -m vllm`, with vLLM in an environment of its own (CONTRIBUTING says how).
-RECYCLE_VLLM_PYTHON is that environment's Python. RECYCLE_EAGLE_MODULE is the module to export; without
-it one is fitted here in closed form.
+Opt-in: `pytest -m vllm`, with vLLM in an environment of its own (CONTRIBUTING.md). RECYCLE_VLLM_PYTHON is that
+environment's Python. RECYCLE_EAGLE_MODULE is the module to export; without it, the test fits a module in closed form.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ PROMPTS = [
     "Ingredients: flour, sugar, two eggs",
 ]
 NEW_TOKENS = 64
-TEXT = ["README", "CONTRIBUTING", "CHANGELOG"]  # what W_in is fitted on
+TEXT = ["README", "CONTRIBUTING", "CHANGELOG"]  # W_in is fitted on these pages
 
 
-def vllm(model, draft, prompts):
-    """vLLM's continuations, and its counts of drafts and of those accepted."""
+def vllm(model, drafter, prompts):
+    """vLLM's continuations (token ids), and its counts of draft tokens and of accepted ones."""
     done = subprocess.run(
-        [os.environ.get("RECYCLE_VLLM_PYTHON", sys.executable), HERE / "vllm_run.py", model, draft],
+        [os.environ.get("RECYCLE_VLLM_PYTHON", sys.executable), HERE / "vllm_run.py", model, drafter],
         input=json.dumps({"prompts": prompts, "new_tokens": NEW_TOKENS}),
         capture_output=True,
         text=True,
@@ -78,13 +77,13 @@ def base(default_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(default_model):
-    """The one that the directory lacks."""
+    """The default model's; the directory ``base`` has no tokenizer."""
     return open_checkpoint(default_model).tokenizer
 
 
 @pytest.fixture(scope="module")
 def module(base, tokenizer, tmp_path_factory):
-    """RECYCLE_EAGLE_MODULE, or W_in by least squares, h_{i+1} from [e(x_{i+1}) ; h_i], before a faint layer."""
+    """RECYCLE_EAGLE_MODULE, or W_in by least squares, h_{i+1} from [e(x_{i+1}) ; h_i], before a layer with small outputs."""
     if given := os.environ.get("RECYCLE_EAGLE_MODULE"):
         return Path(given)
     reference = BaseModel(base.config)
@@ -115,37 +114,32 @@ def module(base, tokenizer, tmp_path_factory):
 
 
 def here(base, module, prompts):
-    """The same from our own decoder: ids, drafts, accepted."""
+    """The continuations of recycle_ext, and its counts: ids, drafted, accepted."""
     packed = pack_model(base, open_module(module, base), "f32")
-    ids, drafts = [], 0
+    ids, drafted, accepted = [], 0, 0
     for prompt in prompts:
         decoder = Decoder(packed, "verify", 1, capacity=512, cache_dtype=torch.float32)
-        out = [decoder.prefill(prompt)]
-        while len(out) < NEW_TOKENS:
-            tokens, counts, *_ = decoder.step()
-            out += tokens[0, : counts[0]].tolist()
-            drafts += 1
-        ids.append(out[:NEW_TOKENS])
-    return ids, drafts, sum(len(out) for out in ids) - len(ids) - drafts
+        steps = list(decoder.decode(prompt, NEW_TOKENS))
+        ids.append([token for step in steps for token in step.tokens])
+        drafted += sum(step.drafted for step in steps)
+        accepted += sum(step.accepted for step in steps)
+    return ids, drafted, accepted
 
 
-def test_vllm_serves_an_exported_module(base, tokenizer, module, tmp_path, capsys):
+def test_vllm_with_exported_module_equals_vllm_alone(base, tokenizer, module, tmp_path, capsys):
     head = tmp_path / "head"
-    assert (
-        convert.main([str(module), "--base", base.path, "--output", str(head), "--to", "eagle"])
-        == 0
-    )
+    assert convert.main([str(module), "--base", base.path, "--output", str(head), "--to", "eagle"]) == 0
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     alone = vllm(base.path, "none", prompts)
     together = vllm(base.path, head, prompts)
-    ids, drafts, accepted = here(base, module, prompts)
-    theirs = together["accepted"] / together["drafts"]
+    ids, drafted, accepted = here(base, module, prompts)
+    theirs = together["accepted"] / together["drafted"]
     with capsys.disabled():
         print(
-            f"\nvLLM: {theirs:.1%} of {together['drafts']} drafts accepted; "
-            f"here: {accepted / drafts:.1%} of {drafts}"
+            f"\nvLLM: {theirs:.1%} of {together['drafted']} draft tokens accepted; "
+            f"recycle_ext: {accepted / drafted:.1%} of {drafted}"
         )
     assert together["ids"] == alone["ids"] == ids
     assert accepted > 0
-    # The counts end at other tokens: a step of vLLM's may have gone past the last one.
-    assert abs(theirs - accepted / drafts) < 0.03
+    # vLLM's last step can pass the last token, so its counts can end later.
+    assert abs(theirs - accepted / drafted) < 0.03

@@ -1,10 +1,9 @@
-"""Continues prompts with vLLM, in whatever environment has it; test_vllm.py starts this as a program.
+"""Continues prompts with vLLM; test_vllm.py runs this program in an environment that has vLLM.
 
-    python vllm_run.py MODEL DRAFT|none < request.json > answer.json
+    python vllm_run.py MODEL DRAFTER|none < request.json > answer.json
 
-request: {"prompts": [[token ids]], "new_tokens": int}; answer: {"ids": [[token ids]], "drafts": int,
-"accepted": int}, the last two as vLLM's own counters have them. vLLM is spoken to in token ids, so that
-the model needs no tokenizer.
+request: {"prompts": [[token ids]], "new_tokens": int}; answer: {"ids": [[token ids]], "drafted": int, "accepted": int},
+the counts from vLLM's metrics. Prompts and continuations are token ids, so that the model needs no tokenizer.
 """
 
 import json
@@ -13,38 +12,36 @@ import sys
 
 
 def main() -> None:
-    """Reads a request, writes an answer to the real standard output: vLLM prints to it as well."""
+    """Reads the request and writes the answer. vLLM also prints to standard output: that goes to standard error."""
     answer_file = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    # Engine and caller in one process: one start less, and errors come back here.
+    # Engine and caller in one process: the start is faster, and an exception reaches the caller.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM, SamplingParams
 
-    model, draft = sys.argv[1:]
+    model, drafter = sys.argv[1:]
     request = json.load(sys.stdin)
-    speculative = {"method": "eagle", "model": draft, "num_speculative_tokens": 1}
+    speculative = {"method": "eagle", "model": drafter, "num_speculative_tokens": 1}
     llm = LLM(
         model,
         skip_tokenizer_init=True,
-        # In float32 one row and two rows of a product hardly ever differ by a token.
+        # In float32, rounding hardly ever makes a token depend on the number of rows of a matmul.
         dtype="float32",
         enforce_eager=True,
         max_model_len=512,
         max_num_seqs=1,
         enable_prefix_caching=False,
         disable_log_stats=False,
-        speculative_config=None if draft == "none" else speculative,
+        speculative_config=None if drafter == "none" else speculative,
     )
-    sampling = SamplingParams(
-        temperature=0.0, max_tokens=request["new_tokens"], ignore_eos=True, detokenize=False
-    )
+    sampling = SamplingParams(temperature=0.0, max_tokens=request["new_tokens"], ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
     counters = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
     answer = {
         "ids": [list(output.outputs[0].token_ids) for output in outputs],
-        "drafts": counters.get("vllm:spec_decode_num_draft_tokens", 0),
+        "drafted": counters.get("vllm:spec_decode_num_draft_tokens", 0),
         "accepted": counters.get("vllm:spec_decode_num_accepted_tokens", 0),
     }
     print(json.dumps(answer), file=answer_file, flush=True)

@@ -39,9 +39,7 @@ def _import_installed_package() -> None:
     find = importlib.machinery.PathFinder.find_spec
     spec = find(__name__, elsewhere)
     if spec is None or find(f"{__name__}._C", spec.submodule_search_locations) is None:
-        raise ImportError(
-            f"recycle_ext is not installed: run `{sys.executable} -m pip install .` in {here.parent}"
-        )
+        raise ImportError(f"recycle_ext is not installed: run `{sys.executable} -m pip install .` in {here.parent}")
     installed = Path(spec.origin).parent
     names = [str(file.relative_to(here)) for file in here.rglob("*.py")]
     _, changed, missing = filecmp.cmpfiles(here, installed, names, shallow=False)

@@ -12,26 +12,26 @@ from types import ModuleType
 from typing import Any
 
 _NOW = {
-    "bandwidth": ["measuring.bandwidth"],
-    "config": ["checkpoint.config"],
-    "decoder": ["decoding.decoder"],
-    "draft_policy": ["decoding.draft_policy"],
-    "fetch": ["checkpoint.default_model"],
-    "generation": ["generate.generation", "generate.model", "generate"],
-    "gguf_file": ["checkpoint.gguf"],
-    "gpu_prefill": ["ops.cuda_prefill", "weights.plan", "weights.layout"],
-    "graphed_step": ["decoding.cuda_graph"],
-    "hf_directory": ["checkpoint.huggingface"],
-    "hub": ["checkpoint.hub"],
-    "json_file": ["checkpoint.json_file"],
-    "kv_cache": ["decoding.kv_cache", "reference.ops"],
-    "module_checkpoint": ["checkpoint.module"],
-    "packing": ["weights.pack", "weights.layout"],
-    "reference_ops": ["reference.ops", "ops.functional"],
-    "safetensors_file": ["checkpoint.safetensors"],
-    "shapes": ["checkpoint.shapes"],
-    "tensor_source": ["checkpoint.tensor_source"],
-    "tokenizer": ["text.tokenizer"],
+    "bandwidth": "measuring.bandwidth",
+    "config": "checkpoint.config",
+    "decoder": "decoding.decoder",
+    "draft_policy": "decoding.draft_policy",
+    "fetch": "checkpoint.default_model",
+    "generation": "generate.generation generate.model generate",
+    "gguf_file": "checkpoint.gguf",
+    "gpu_prefill": "ops.cuda_prefill weights.plan weights.layout",
+    "graphed_step": "decoding.cuda_graph",
+    "hf_directory": "checkpoint.huggingface",
+    "hub": "checkpoint.hub",
+    "json_file": "checkpoint.json_file",
+    "kv_cache": "decoding.kv_cache reference.ops",
+    "module_checkpoint": "checkpoint.module",
+    "packing": "weights.pack weights.layout",
+    "reference_ops": "reference.ops ops.functional",
+    "safetensors_file": "checkpoint.safetensors",
+    "shapes": "checkpoint.shapes",
+    "tensor_source": "checkpoint.tensor_source",
+    "tokenizer": "text.tokenizer",
 }
 
 
@@ -47,11 +47,9 @@ class _FormerNames(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self)
 
     def exec_module(self, module: ModuleType) -> None:
-        names = [f"{__package__}.{name}" for name in _NOW[module.__name__.partition(".")[2]]]
-        message = (
-            f"{module.__name__} is now {' and '.join(names)}; the old name will go (CHANGELOG.md)"
-        )
-        warnings.warn(message, DeprecationWarning, stacklevel=6)
+        names = [f"{__package__}.{name}" for name in _NOW[module.__name__.partition(".")[2]].split()]
+        message = f"{module.__name__} is now {' and '.join(names)}; the old name will go (CHANGELOG.md)"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
 
         def find(attribute: str) -> Any:
             for name in names:

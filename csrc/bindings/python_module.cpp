@@ -1,4 +1,4 @@
-// recycle_ext._C: what Python needs that is not an op on tensors. Loading it also registers the ops.
+// recycle_ext._C: what Python needs beside the ops on tensors. Loading the module also registers these ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -69,15 +69,16 @@ void pack_rows(int format, int64_t n, int64_t k, int64_t row_begin, const py::bu
 }
 
 int64_t scratch_bytes(const py::buffer& plan, const py::buffer& weights, int64_t batch,
-                      int64_t drafts, bool greedy) {
+                      int64_t num_draft_tokens, bool greedy) {
   const Buffer table(plan, false);
   const Buffer bytes(weights, false);
   recycle::Model model;
-  const char* wrong =
+  const char* error =
       recycle::read_plan(static_cast<const int64_t*>(table.info.ptr), table.bytes / 8,
                          static_cast<const std::byte*>(bytes.info.ptr), bytes.bytes, &model);
-  if (wrong != nullptr) throw std::invalid_argument(std::string("plan and weights: ") + wrong);
-  return recycle::decode_scratch_bytes(model, batch, drafts, greedy, recycle::n_threads());
+  if (error != nullptr) throw std::invalid_argument(std::string("plan and weights: ") + error);
+  return recycle::decode_scratch_bytes(model, batch, num_draft_tokens, greedy,
+                                       recycle::n_threads());
 }
 
 std::vector<std::string> runnable_isas() {
@@ -89,7 +90,7 @@ std::vector<std::string> runnable_isas() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native parts of recycle_ext; loading this registers torch.ops.recycle.*";
+  m.doc() = "Native parts of recycle_ext; importing this module registers torch.ops.recycle.*";
 
   m.def(
       "build_info",
@@ -102,11 +103,11 @@ PYBIND11_MODULE(_C, m) {
         info["version"] = RECYCLE_VERSION;
         return info;
       },
-      "What this was built with: version, torch, cpu_targets, cuda, compiler.");
+      "The build: version, torch, cpu_targets, cuda, compiler.");
 
   m.def("isa", [] { return recycle::kernels().name; }, "The instruction set in use.");
   m.def("runnable_isas", &runnable_isas,
-        "Instruction sets this build has and this processor runs, best last.");
+        "Instruction sets that this build has and this processor can run, best last.");
   m.def(
       "force_isa",
       [](std::optional<std::string> name) {
@@ -114,10 +115,11 @@ PYBIND11_MODULE(_C, m) {
           throw std::invalid_argument("instruction set " + *name +
                                       " is not in this build or not in this processor");
       },
-      py::arg("name"), "Use this instruction set's kernels; None: the best.");
+      py::arg("name"), "Use the kernels of this instruction set; None: of the best one.");
 
-  m.def("n_threads", &recycle::n_threads, "Threads the kernels use.");
-  m.def("available_cores", &recycle::available_cores, "Cores this process may run on.");
+  m.def("n_threads", &recycle::n_threads, "The number of threads that the kernels use.");
+  m.def("available_cores", &recycle::available_cores,
+        "Cores that this process may run on (its affinity mask).");
   m.def(
       "set_n_threads",
       [](int n) {
@@ -126,10 +128,10 @@ PYBIND11_MODULE(_C, m) {
                                       std::to_string(recycle::kMaxThreads));
         recycle::set_n_threads(n);
       },
-      py::arg("n"), "Threads the kernels use from the next call on.");
+      py::arg("n"), "Sets the number of threads that the kernels use from the next call on.");
 
   m.def("profile", &recycle::profile, py::arg("on"),
-        "Adds up the time of each phase of the kernels from now on, or stops.");
+        "Starts to add up the time of each phase of the kernels, from zero, or stops.");
   m.def(
       "phase_times",
       [] {
@@ -144,7 +146,8 @@ PYBIND11_MODULE(_C, m) {
           }
         return rows;
       },
-      "Of the profile: (part, phase, times run, seconds of work, seconds of waiting), per thread.");
+      "The profile: (part, phase, times run, seconds of work, seconds of waiting), mean over the "
+      "threads.");
 
   m.def(
       "use_huge_pages",
@@ -152,17 +155,17 @@ PYBIND11_MODULE(_C, m) {
         const Buffer memory(data, true);
         recycle::use_huge_pages(memory.info.ptr, memory.bytes);
       },
-      py::arg("data"), "Asks for huge pages under memory that was not written to yet.");
+      py::arg("data"), "Requests huge pages for memory that was not written to yet.");
 
-  m.def(
-      "read_bandwidth", &recycle::read_bandwidth, py::call_guard<py::gil_scoped_release>(),
-      py::arg("bytes"), py::arg("repeats"),
-      "Bytes a second that the threads read together from a buffer of this size: the median of the "
-      "repeats.");
+  m.def("read_bandwidth", &recycle::read_bandwidth, py::call_guard<py::gil_scoped_release>(),
+        py::arg("bytes"), py::arg("repeats"),
+        "Bytes a second that all threads together read from a buffer of this size: the median of "
+        "the repeats.");
 
   m.def("pack_rows", &pack_rows, py::arg("format"), py::arg("n"), py::arg("k"),
         py::arg("row_begin"), py::arg("rows"), py::arg("packed"),
-        "Packs rows [row_begin, ...) of an [n, k] matrix, given row by row, into `packed`.");
+        "Packs rows [row_begin, ...) of an [n, k] matrix into `packed`, a buffer for the whole "
+        "matrix.");
   m.def(
       "matrix_bytes",
       [](int format, int64_t n, int64_t k) {
@@ -173,10 +176,10 @@ PYBIND11_MODULE(_C, m) {
       py::arg("format"), py::arg("n"), py::arg("k"), "Bytes of a packed matrix.");
   m.def("scratch_bytes", &scratch_bytes, py::arg("plan"), py::arg("weights"), py::arg("batch"),
         py::arg("drafts"), py::arg("greedy"),
-        "Bytes of scratch that decode_step and prefill need with the present number of threads.");
+        "Bytes of scratch that decode_step and prefill need with the current number of threads.");
   m.def("positions_needed", &recycle::positions_needed, py::arg("drafts"),
-        "Free positions the caches must have for a decode step.");
+        "Free positions that the caches must have for a decode step with this many draft tokens.");
   m.attr("PLAN_MAGIC") = recycle::kPlanMagic;
   m.attr("PLAN_VERSION") = recycle::kPlanVersion;
-  m.attr("MAX_DRAFTS") = recycle::kMaxDrafts;
+  m.attr("MAX_DRAFTS") = recycle::kMaxDraftTokens;
 }

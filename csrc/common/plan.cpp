@@ -1,3 +1,4 @@
+// Reads the plan (model.h). Both backends compile this file.
 #include <bit>
 
 #include "recycle/model.h"
@@ -6,26 +7,21 @@ namespace recycle {
 
 namespace {
 
-constexpr int64_t kMatrixFields = 4;
-constexpr int64_t kLayerFields = 1 + 3 * kMatrixFields + 5 + kMatrixFields + 1 + 3 * kMatrixFields;
-
-// Walks through the table; the first thing found wrong is kept in `error`.
+// Reads the table field by field; `error` keeps the first problem.
 class Reader {
  public:
   Reader(const int64_t* plan, int64_t length, const std::byte* weights, int64_t weights_bytes)
       : plan_(plan), length_(length), weights_(weights), weights_bytes_(weights_bytes) {}
 
   int64_t next() {
-    if (at_ >= length_) {
-      fail("the plan is too short");
-      return 0;
-    }
-    return plan_[at_++];
+    if (at_ < length_) return plan_[at_++];
+    fail("the plan is too short");
+    return 0;
   }
 
-  int64_t size(int64_t most) {
+  int64_t size(int64_t max) {
     const int64_t value = next();
-    if (value < 0 || value > most) fail("a size in the plan is out of range");
+    if (value < 0 || value > max) fail("a size in the plan is out of range");
     return error == nullptr ? value : 0;
   }
 
@@ -62,17 +58,16 @@ class Reader {
   }
 
   Stack stack() {
-    constexpr int64_t kMost = int64_t{1} << 24;
+    constexpr int64_t kMaxSize = int64_t{1} << 24;
     Stack stack;
-    stack.hidden = size(kMost);
-    stack.intermediate = size(kMost);
-    stack.n_layers = size(kMost);
-    stack.n_heads = size(kMost);
-    stack.n_kv_heads = size(kMost);
+    stack.hidden = size(kMaxSize);
+    stack.intermediate = size(kMaxSize);
+    stack.n_layers = size(kMaxSize);
+    stack.n_heads = size(kMaxSize);
+    stack.n_kv_heads = size(kMaxSize);
     stack.head_dim = size(256);
     stack.eps = std::bit_cast<float>(static_cast<int32_t>(next()));
     stack.inv_freq = vector<float>(stack.head_dim / 2, false);
-    stack.weights = weights_;
     if (error == nullptr &&
         (stack.hidden <= 0 || stack.hidden % kPanelRows != 0 || stack.intermediate <= 0 ||
          stack.intermediate % kPanelRows != 0 || stack.n_layers <= 0 || stack.head_dim <= 0 ||
@@ -102,8 +97,41 @@ class Reader {
   }
 
   void layers(Stack* stack) {
-    stack->layer_table = plan_ + at_;
-    for (int64_t i = 0; i < stack->n_layers && error == nullptr; ++i) layer(*stack);
+    for (int64_t i = 0; i < stack->n_layers && error == nullptr; ++i)
+      stack->layers.push_back(layer(*stack));
+  }
+
+  void base(Base* base) {
+    base->stack = stack();
+    const int64_t vocab = size(int64_t{1} << 31);
+    base->embedding = matrix(vocab, base->stack.hidden);
+    base->final_norm = vector<float>(base->stack.hidden, false);
+    base->head = matrix(vocab, base->stack.hidden);
+    layers(&base->stack);
+  }
+
+  void module(const Base& base, bool readable, Module* module) {
+    module->stack = stack();
+    const int64_t hidden = module->stack.hidden;
+    const int64_t vocab = base.head.n;
+    if (hidden != base.stack.hidden) fail("the module is not as wide as the base model");
+    module->input_proj = matrix(hidden, 2 * hidden);
+    module->input_bias = vector<float>(hidden, true);
+    module->embed_norm = vector<float>(hidden, true);
+    module->hidden_norm = vector<float>(hidden, true);
+    module->output_norm = vector<float>(hidden, true);
+    const int64_t draft_vocab = size(vocab);
+    module->head = matrix(draft_vocab, hidden);
+    module->draft_vocab = vector<int64_t>(draft_vocab, true);
+    module->zero_first_embedding = next() != 0;
+    const int64_t* ids = module->draft_vocab;
+    if (ids == nullptr && draft_vocab != vocab)
+      fail("the module's head is not as tall as the vocabulary");
+    if (readable && error == nullptr && ids != nullptr)
+      for (int64_t i = 0; i < draft_vocab; ++i)
+        if (ids[i] < (i == 0 ? 0 : ids[i - 1] + 1) || ids[i] >= vocab)
+          fail("the draft vocabulary is not ascending token ids");
+    layers(&module->stack);
   }
 
   void fail(const char* message) {
@@ -131,51 +159,17 @@ class Reader {
 
 }  // namespace
 
-Layer Stack::layer(int64_t index) const {
-  // read_plan() has checked every field against the buffer.
-  Reader reader(layer_table + index * kLayerFields, kLayerFields, weights, INT64_MAX);
-  return reader.layer(*this);
-}
-
 const char* read_plan(const int64_t* plan, int64_t plan_length, const std::byte* weights,
                       int64_t weights_bytes, Model* model, bool readable) {
-  constexpr int64_t kMostVocab = int64_t{1} << 31;
   Reader reader(plan, plan_length, weights, weights_bytes);
   if (reader.next() != kPlanMagic) return "it is not a plan made by recycle_ext.weights";
   if (reader.next() != kPlanVersion) return "the plan was made by another version of recycle_ext";
   if (reader.next() != plan_length) return "the plan is cut off";
   model->has_module = reader.next() != 0;
 
-  Base& base = model->base;
-  base.stack = reader.stack();
-  const int64_t vocab = reader.size(kMostVocab);
-  base.embedding = reader.matrix(vocab, base.stack.hidden);
-  base.final_norm = reader.vector<float>(base.stack.hidden, false);
-  base.head = reader.matrix(vocab, base.stack.hidden);
-  reader.layers(&base.stack);
-  if (model->has_module && reader.error == nullptr) {
-    Module& module = model->module;
-    module.stack = reader.stack();
-    const int64_t hidden = module.stack.hidden;
-    if (hidden != base.stack.hidden) reader.fail("the module is not as wide as the base model");
-    module.input_proj = reader.matrix(hidden, 2 * hidden);
-    module.input_bias = reader.vector<float>(hidden, true);
-    module.embed_norm = reader.vector<float>(hidden, true);
-    module.hidden_norm = reader.vector<float>(hidden, true);
-    module.output_norm = reader.vector<float>(hidden, true);
-    const int64_t draft_vocab = reader.size(vocab);
-    module.head = reader.matrix(draft_vocab, hidden);
-    module.draft_vocab = reader.vector<int64_t>(draft_vocab, true);
-    module.zero_first_embedding = reader.next() != 0;
-    if (module.draft_vocab == nullptr && draft_vocab != vocab)
-      reader.fail("the module's head is not as tall as the vocabulary");
-    if (readable && reader.error == nullptr && module.draft_vocab != nullptr)
-      for (int64_t i = 0; i < draft_vocab; ++i)
-        if (module.draft_vocab[i] < (i == 0 ? 0 : module.draft_vocab[i - 1] + 1) ||
-            module.draft_vocab[i] >= vocab)
-          reader.fail("the draft vocabulary is not ascending token ids");
-    reader.layers(&module.stack);
-  }
+  reader.base(&model->base);
+  if (model->has_module && reader.error == nullptr)
+    reader.module(model->base, readable, &model->module);
   if (reader.error == nullptr && !reader.at_end()) reader.fail("the plan is too long");
   return reader.error;
 }

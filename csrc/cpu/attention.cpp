@@ -1,10 +1,13 @@
 // RoPE, cache append and attention over (sequence, key/value head, split of the cache).
 //
-// The work is cut so that threads get about the same: heads for the rotation, and for the attention
-// itself one task a sequence, key/value head and split. The query heads of a group stay
-// together: they read the same keys and values.
+//   q [rows, heads, head_dim], k and v [rows, kv heads, head_dim], the cache  ->  out [rows, heads, head_dim]
+//
+// Threads share heads for the rotation, and tasks for the attention: one task is a sequence, a key/value head and a
+// split. The query heads of a group stay together, because they read the same keys and values. Bounded by the
+// cache's bytes (kernels/attention.h).
 #include "attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -20,7 +23,7 @@ int64_t splits_of(int64_t positions) {
   return chunks < kSplits ? chunks : kSplits;
 }
 
-// Half-split rotation (GPT-NeoX order): dimension i turns with i + head_dim / 2.
+// RoPE (Su et al. 2021, arXiv 2104.09864) in GPT-NeoX order: element i rotates with element i + head_dim / 2.
 void rotate(float* head, const float* cos, const float* sin, int64_t head_dim) {
   const int64_t half = head_dim / 2;
   for (int64_t i = 0; i < half; ++i) {
@@ -31,26 +34,27 @@ void rotate(float* head, const float* cos, const float* sin, int64_t head_dim) {
   }
 }
 
-// A row in 8 bits, each value rounded to nearest even. The scale tells if one wasn't finite: bytes can't.
+// A row in 8 bits, each value rounded to nearest even. After a nonfinite value the scale is NaN, since bytes can't be.
 void write_q8(const float* values, int64_t count, std::byte* row) {
-  float largest = 0;
-  float poison = 0;
+  float max_abs = 0;
+  float nonfinite = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const float size = std::fabs(values[i]);
-    largest = size > largest ? size : largest;
-    poison += values[i] * 0.0f;
+    const float abs = std::fabs(values[i]);
+    max_abs = abs > max_abs ? abs : max_abs;
+    nonfinite += values[i] * 0.0f;
   }
-  // Below, the row is nothing, and dividing by it would overflow.
-  const bool counts = largest > 1e-30f;
-  const float up = counts ? 127 / largest : 0.0f;
-  const float scale = (counts ? largest / 127 : 0.0f) + poison;
-  constexpr float kShift = 0x1.8p23f;  // adding it leaves no bits for fractions
+  // A smaller row counts as zeros: 127 / max_abs would overflow.
+  const bool nonzero = max_abs > 1e-30f;
+  const float inv_scale = nonzero ? 127 / max_abs : 0.0f;
+  const float scale = (nonzero ? max_abs / 127 : 0.0f) + nonfinite;
+  constexpr float kRound = 0x1.8p23f;  // a sum with it has no bits for fractions
   for (int64_t i = 0; i < count; ++i)
-    row[i] = static_cast<std::byte>(static_cast<int32_t>((values[i] * up + kShift) - kShift));
+    row[i] =
+        static_cast<std::byte>(static_cast<int32_t>((values[i] * inv_scale + kRound) - kRound));
   std::memcpy(row + count, &scale, kScaleBytes);
 }
 
-// Elements [first, first + count) of one head at one position, all of them in 8 bits; `head` is the head's
+// Writes elements [first, first + count) of one head at one position, or the whole row in 8 bits. head: the head's
 // part of the cache.
 void write_cache(const float* values, int64_t count, const KvCache& cache, std::byte* head,
                  int64_t position, int64_t first) {
@@ -66,42 +70,31 @@ void write_cache(const float* values, int64_t count, const KvCache& cache, std::
   }
 }
 
-int64_t larger(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-
 }  // namespace
 
 void AttentionWork::take(Arena& arena, int64_t rows, const AttentionShape& a,
                          const AttentionShape& b) {
-  const int64_t heads = larger(a.n_heads, b.n_heads);
-  q = arena.take<float>(rows * larger(a.q_size(), b.q_size()));
-  k = arena.take<float>(rows * larger(a.kv_size(), b.kv_size()));
-  v = arena.take<float>(rows * larger(a.kv_size(), b.kv_size()));
-  cos = arena.take<float>(rows * larger(a.head_dim, b.head_dim) / 2);
-  sin = arena.take<float>(rows * larger(a.head_dim, b.head_dim) / 2);
-  weighted = arena.take<float>(rows * kSplits * larger(a.q_size(), b.q_size()));
+  const int64_t heads = std::max(a.n_heads, b.n_heads);
+  q = arena.take<float>(rows * std::max(a.q_size(), b.q_size()));
+  k = arena.take<float>(rows * std::max(a.kv_size(), b.kv_size()));
+  v = arena.take<float>(rows * std::max(a.kv_size(), b.kv_size()));
+  cos = arena.take<float>(rows * std::max(a.head_dim, b.head_dim) / 2);
+  sin = arena.take<float>(rows * std::max(a.head_dim, b.head_dim) / 2);
+  weighted = arena.take<float>(rows * kSplits * std::max(a.q_size(), b.q_size()));
   total = arena.take<float>(rows * kSplits * heads);
   maximum = arena.take<float>(rows * kSplits * heads);
 }
 
 void rope_tables(const Team& team, const Rows& rows, const float* inv_freq, int64_t head_dim,
                  AttentionWork& work) {
-  const Range range = team.share(rows.n);
-  for (int64_t s = 0; s < rows.n_segments; ++s) {
-    const Segment& segment = rows.segments[s];
-    for (int64_t i = 0; i < segment.n_rows; ++i) {
-      const int64_t row = segment.row + i;
-      if (row < range.begin || row >= range.end) continue;
-      const float position = static_cast<float>(segment.position + i);
-      for (int64_t j = 0; j < head_dim / 2; ++j) {
-        // In float32, as the models were trained: at large positions the rounding is visible.
-        const float angle = position * inv_freq[j];
-        work.cos[row * (head_dim / 2) + j] = std::cos(angle);
-        work.sin[row * (head_dim / 2) + j] = std::sin(angle);
-      }
+  for_each_row(rows, team.share(rows.n), [&](const Segment&, int64_t row, int64_t position) {
+    for (int64_t j = 0; j < head_dim / 2; ++j) {
+      // In float32, as the models were trained: the rounding shows at large positions.
+      const float angle = static_cast<float>(position) * inv_freq[j];
+      work.cos[row * (head_dim / 2) + j] = std::cos(angle);
+      work.sin[row * (head_dim / 2) + j] = std::sin(angle);
     }
-  }
+  });
 }
 
 Range share_v(const Team& team, const AttentionShape& shape, CacheType type) {
@@ -120,28 +113,23 @@ void rotate_and_append(Range heads, Range v_panels, const Rows& rows, const Atte
     rotate(head, work.cos + row * (head_dim / 2), work.sin + row * (head_dim / 2), head_dim);
     return head;
   };
-  for (int64_t s = 0; s < rows.n_segments; ++s) {
-    const Segment& segment = rows.segments[s];
-    for (int64_t i = 0; i < segment.n_rows; ++i) {
-      const int64_t row = segment.row + i;
-      const int64_t position = segment.position + i;
-      float* q = work.q + row * shape.q_size();
-      float* k = work.k + row * shape.kv_size();
-      const float* v = work.v + row * shape.kv_size();
-      int64_t head = heads.begin;
-      for (; head < heads.end && head < shape.n_heads; ++head)
-        rotated(q + head * head_dim, q_norm, row);
-      for (; head < heads.end; ++head) {
-        const int64_t kv_head = head - shape.n_heads;
-        write_cache(rotated(k + kv_head * head_dim, k_norm, row), head_dim, cache,
-                    cache.head(layer, 0, segment.sequence, kv_head), position, 0);
-      }
-      const int64_t step = cache.type == CacheType::q8 ? head_dim : kPanelRows;
-      for (int64_t at = v_panels.begin * kPanelRows; at < v_panels.end * kPanelRows; at += step)
-        write_cache(v + at, step, cache, cache.head(layer, 1, segment.sequence, at / head_dim),
-                    position, at % head_dim);
+  const int64_t step = cache.type == CacheType::q8 ? head_dim : kPanelRows;
+  for_each_row(rows, {0, rows.n}, [&](const Segment& segment, int64_t row, int64_t position) {
+    float* q = work.q + row * shape.q_size();
+    float* k = work.k + row * shape.kv_size();
+    const float* v = work.v + row * shape.kv_size();
+    int64_t head = heads.begin;
+    for (; head < heads.end && head < shape.n_heads; ++head)
+      rotated(q + head * head_dim, q_norm, row);
+    for (; head < heads.end; ++head) {
+      const int64_t kv_head = head - shape.n_heads;
+      write_cache(rotated(k + kv_head * head_dim, k_norm, row), head_dim, cache,
+                  cache.head(layer, 0, segment.sequence, kv_head), position, 0);
     }
-  }
+    for (int64_t at = v_panels.begin * kPanelRows; at < v_panels.end * kPanelRows; at += step)
+      write_cache(v + at, step, cache, cache.head(layer, 1, segment.sequence, at / head_dim),
+                  position, at % head_dim);
+  });
 }
 
 void attend_splits(const Team& team, const Rows& rows, const AttentionShape& shape,
@@ -161,8 +149,8 @@ void attend_splits(const Team& team, const Rows& rows, const AttentionShape& sha
   task.ld_weighted = shape.n_heads * kSplits * shape.head_dim;
   task.ld_total = shape.n_heads * kSplits;
   task.tile = tile;
-  // The task before `index`, run when the one after it is known, whose keys it can ask for.
-  bool waiting = false;
+  // A task runs once the next one is known, whose keys it prefetches.
+  bool has_task = false;
   int64_t index = 0;
   for (int64_t s = 0; s < rows.n_segments; ++s) {
     const Segment& segment = rows.segments[s];
@@ -173,7 +161,7 @@ void attend_splits(const Team& team, const Rows& rows, const AttentionShape& sha
       const int64_t split = i % splits;
       const std::byte* keys = cache.head(layer, 0, segment.sequence, kv_head);
       const std::byte* values = cache.head(layer, 1, segment.sequence, kv_head);
-      if (waiting) {
+      if (has_task) {
         task.next_keys = keys + split * kChunk * cache.row_bytes();
         task.next_values = values + split * kChunk * cache.row_bytes();
         isa.attend(task);
@@ -188,67 +176,64 @@ void attend_splits(const Team& team, const Rows& rows, const AttentionShape& sha
       task.weighted = work.weighted + (head * kSplits + split) * shape.head_dim;
       task.total = work.total + head * kSplits + split;
       task.maximum = work.maximum + head * kSplits + split;
-      waiting = true;
+      has_task = true;
     }
   }
-  if (!waiting) return;
+  if (!has_task) return;
   task.next_keys = task.keys;
   task.next_values = task.values;
   isa.attend(task);
 }
 
-void merge_row(const AttentionShape& shape, const AttentionWork& work, int64_t row,
-               int64_t position, float* out) {
+void combine_row(const AttentionShape& shape, const AttentionWork& work, int64_t row,
+                 int64_t position, float* out) {
   const Kernels& isa = kernels();
   for (int64_t head = 0; head < shape.n_heads; ++head) {
     const int64_t at = (row * shape.n_heads + head) * kSplits;
-    isa.merge_splits(work.weighted + at * shape.head_dim, work.total + at, work.maximum + at,
-                     splits_of(position + 1), shape.head_dim, out + head * shape.head_dim);
+    isa.combine_splits(work.weighted + at * shape.head_dim, work.total + at, work.maximum + at,
+                       splits_of(position + 1), shape.head_dim, out + head * shape.head_dim);
   }
 }
 
 namespace {
 
-struct Call {
-  const AttentionParams& params;
-  AttentionShape shape;
-  AttentionWork work;
+// The scratch of attention_decode.
+struct DecodeAttentionWork {
+  AttentionWork attention;
   Rows rows;
-  float* tiles;
+  float* tiles;  // [threads, attend_tile_floats()]
+
+  void take(Arena& arena, int64_t batch, int64_t n_rows, const AttentionShape& shape,
+            int n_threads) {
+    attention.take(arena, batch * n_rows, shape, shape);
+    rows.segments = arena.take<Segment>(batch);
+    tiles = arena.take<float>(n_threads * attend_tile_floats(batch * n_rows, shape));
+  }
 };
 
-void take(Arena& arena, int64_t batch, int64_t n_rows, const AttentionShape& shape, int n_threads,
-          AttentionWork& work, Rows& rows, float*& tiles) {
-  work.take(arena, batch * n_rows, shape, shape);
-  rows.segments = arena.take<Segment>(batch);
-  tiles = arena.take<float>(n_threads * attend_tile_floats(batch * n_rows, shape));
-}
-
-void run(const Team& team, void* context) {
-  Call& call = *static_cast<Call*>(context);
-  const AttentionParams& params = call.params;
-  const Range own = team.share(call.rows.n);
-  const int64_t q_size = call.shape.q_size();
-  const int64_t kv_size = call.shape.kv_size();
-  const auto copy = [own](float* to, const float* from, int64_t size) {
-    std::memcpy(to + own.begin * size, from + own.begin * size,
-                (own.end - own.begin) * size * sizeof(float));
+// attention_decode on one thread of the team.
+void run(const Team& team, const AttentionParams& params, const AttentionShape& shape,
+         DecodeAttentionWork& work) {
+  const Range share = team.share(work.rows.n);
+  const auto copy = [share](float* to, const float* from, int64_t size) {
+    std::memcpy(to + share.begin * size, from + share.begin * size,
+                (share.end - share.begin) * size * sizeof(float));
   };
-  copy(call.work.q, params.q, q_size);
-  copy(call.work.k, params.k, kv_size);
-  copy(call.work.v, params.v, kv_size);
-  rope_tables(team, call.rows, params.inv_freq, params.head_dim, call.work);
-  team.barrier(Phase::lead);
-  rotate_and_append(team.share(call.shape.n_heads + call.shape.n_kv_heads),
-                    share_v(team, call.shape, params.cache.type), call.rows, call.shape,
-                    params.q_norm, params.k_norm, params.eps, params.cache, 0, call.work);
+  copy(work.attention.q, params.q, shape.q_size());
+  copy(work.attention.k, params.k, shape.kv_size());
+  copy(work.attention.v, params.v, shape.kv_size());
+  rope_tables(team, work.rows, params.inv_freq, params.head_dim, work.attention);
+  team.barrier(Phase::leader);
+  rotate_and_append(team.share(shape.n_heads + shape.n_kv_heads),
+                    share_v(team, shape, params.cache.type), work.rows, shape, params.q_norm,
+                    params.k_norm, params.eps, params.cache, 0, work.attention);
   team.barrier(Phase::qkv);
-  attend_splits(team, call.rows, call.shape, params.cache, 0, call.work,
-                call.tiles + team.thread * attend_tile_floats(call.rows.n, call.shape));
+  attend_splits(team, work.rows, shape, params.cache, 0, work.attention,
+                work.tiles + team.thread * attend_tile_floats(work.rows.n, shape));
   team.barrier(Phase::attention);
-  for (int64_t row = own.begin; row < own.end; ++row)
-    merge_row(call.shape, call.work, row, params.lengths[row / params.n_rows] + row % params.n_rows,
-              params.out + row * q_size);
+  for_each_row(work.rows, share, [&](const Segment&, int64_t row, int64_t position) {
+    combine_row(shape, work.attention, row, position, params.out + row * shape.q_size());
+  });
 }
 
 }  // namespace
@@ -256,20 +241,18 @@ void run(const Team& team, void* context) {
 int64_t attention_scratch_bytes(int64_t batch, int64_t n_rows, int64_t n_heads, int64_t n_kv_heads,
                                 int64_t head_dim, int n_threads) {
   Arena arena(nullptr);
-  AttentionWork work;
-  Rows rows;
-  float* tiles;
-  take(arena, batch, n_rows, {n_heads, n_kv_heads, head_dim}, n_threads, work, rows, tiles);
+  DecodeAttentionWork work;
+  work.take(arena, batch, n_rows, {n_heads, n_kv_heads, head_dim}, n_threads);
   return arena.used();
 }
 
 void attention_decode(const AttentionParams& params) {
-  Call call{params, {params.n_heads, params.n_kv_heads, params.head_dim}, {}, {}, nullptr};
+  const AttentionShape shape = {params.n_heads, params.n_kv_heads, params.head_dim};
+  DecodeAttentionWork work;
   Arena arena(params.scratch);
-  take(arena, params.batch, params.n_rows, call.shape, n_threads(), call.work, call.rows,
-       call.tiles);
-  for (int64_t b = 0; b < params.batch; ++b) call.rows.add(b, params.lengths[b], params.n_rows);
-  parallel(run, &call);
+  work.take(arena, params.batch, params.n_rows, shape, n_threads());
+  for (int64_t b = 0; b < params.batch; ++b) work.rows.add(b, params.lengths[b], params.n_rows);
+  parallel([&](const Team& team) { run(team, params, shape, work); });
 }
 
 }  // namespace recycle

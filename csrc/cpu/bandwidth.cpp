@@ -1,8 +1,9 @@
-// A plain sum over a buffer, each thread its own part, one stream with the products' loads and prefetches, from
-// huge pages where the weights are in such. The median pass counts: what is compared with it is an average
-// over a second, and on a shared machine the best pass is a moment that the second hasn't got. The buffer
-// should be as large as the model: a cache that holds the model holds the buffer too, and the floor is
-// then that cache's.
+// A sum over a buffer of float32. Each thread reads its share as one stream, with the loads and prefetches of gemm(),
+// and from huge pages, like the weights.
+//
+// The result is the median pass: decoding is an average over a second, and on a shared machine the best pass is faster
+// than any such average. The buffer should be as large as the model: a cache that holds the model then holds the
+// buffer too, and the limit is the bandwidth of this cache.
 #include "bandwidth.h"
 
 #include <algorithm>
@@ -16,32 +17,19 @@
 
 namespace recycle {
 
-namespace {
-
-struct Pass {
-  const std::vector<float>& buffer;
-  std::atomic<float> sum;  // so that the reading can't be optimised away
-};
-
-void read_share(const Team& team, void* context) {
-  auto& pass = *static_cast<Pass*>(context);
-  const Range range = team.share(static_cast<int64_t>(pass.buffer.size()) / 64);
-  pass.sum =
-      kernels().read_stream(pass.buffer.data() + range.begin * 64, (range.end - range.begin) * 64);
-}
-
-}  // namespace
-
 double read_bandwidth(int64_t bytes, int repeats) {
   std::vector<float> buffer;
   buffer.reserve(bytes / sizeof(float));
   use_huge_pages(buffer.data(), bytes);
   buffer.resize(bytes / sizeof(float), 1.0f);
+  std::atomic<float> sum;  // a use of the reads, which the compiler would remove otherwise
   std::vector<double> rates;
-  for (int i = 0; i <= std::max(repeats, 1); ++i) {  // the first only warms up
-    Pass pass{buffer, 0.0f};
+  for (int i = 0; i <= std::max(repeats, 1); ++i) {  // pass 0 only warms up
     const auto start = std::chrono::steady_clock::now();
-    parallel(read_share, &pass);
+    parallel([&](const Team& team) {
+      const Range share = team.share(static_cast<int64_t>(buffer.size()) / 64);
+      sum = kernels().read_stream(buffer.data() + share.begin * 64, (share.end - share.begin) * 64);
+    });
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     if (i > 0) rates.push_back(static_cast<double>(bytes) / seconds.count());
   }

@@ -1,11 +1,11 @@
-// How fast this machine's memory can be read: the floor every figure is held against.
+// How fast this machine reads memory: the limit that the speed of decoding is compared with.
 #pragma once
 
 #include <cstdint>
 
 namespace recycle {
 
-// Bytes a second, all threads together, over a buffer of `bytes`: the best of `repeats` passes.
+// Bytes a second, all threads together, over a buffer of `bytes`: the median of `repeats` passes.
 double read_bandwidth(int64_t bytes, int repeats);
 
 }  // namespace recycle

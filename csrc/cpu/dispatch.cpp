@@ -1,4 +1,5 @@
 // Compiled without any instruction set flags: it must run everywhere.
+// Chooses the kernels' instruction set at run time: the best of this build that the processor can run.
 #include "kernels.h"
 
 #include <atomic>
@@ -6,19 +7,16 @@
 
 namespace recycle {
 
+// Defined by kernels/table.h; those that this build lacks are not used below.
 namespace generic {
 extern const Kernels kTable;
 }
-#ifdef RECYCLE_HAVE_AVX2
 namespace avx2 {
 extern const Kernels kTable;
 }
-#endif
-#ifdef RECYCLE_HAVE_AVX512
 namespace avx512 {
 extern const Kernels kTable;
 }
-#endif
 
 namespace {
 

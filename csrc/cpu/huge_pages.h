@@ -1,7 +1,7 @@
-// Asks the system to back memory with huge pages (2 MiB on Linux), before it is first written.
+// Huge pages (2 MiB on Linux) for memory that was not written to yet.
 //
-// The weights are read from end to end each step. In pages of 4 KiB that is one walk of the page table
-// for every 64 cache lines of each stream, and the hardware's prefetchers stop at each page's end.
+// Each step reads the weights from end to end. With pages of 4 KiB every 64 cache lines of a stream cost a walk of the
+// page table, and the hardware prefetchers stop at the end of each page.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace recycle {
 
-// Whatever the system answers: memory works without, too.
+// A request: memory works without huge pages too, so a refusal is ignored.
 inline void use_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t page = 4096;

@@ -1,4 +1,4 @@
-// Reading single values out of packed weights.
+// Looks up rows in packed weights.
 #pragma once
 
 #include <cstdint>

@@ -1,3 +1,7 @@
+// The threads, their barrier, and the profile of their phases (parallel.h, profile.h).
+//
+// A barrier is one counter and one generation: the last thread to arrive raises the generation, and the others wait
+// for that change. Tried and rejected: a worker that sleeps at once between two steps (50 us to wake it).
 #include "recycle/parallel.h"
 
 #include <atomic>
@@ -18,7 +22,7 @@ namespace recycle {
 
 namespace {
 
-inline void relax() {
+inline void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
   _mm_pause();
 #elif defined(__aarch64__)
@@ -26,31 +30,31 @@ inline void relax() {
 #endif
 }
 
-// Turns of a spin before sleeping. At a barrier ~50 us: longer than any phase of a small model's step.
-// Between two calls ~0.5 ms, for what a driver does with the tokens of a step: to be woken costs ~50 us.
-constexpr int kSpin = 2000;
+// Iterations of a spin before a thread sleeps. At a barrier ~50 us, longer than any phase of a small model's step.
+// Between two calls ~0.5 ms, longer than a caller needs for the tokens of a step; a thread that sleeps costs ~50 us.
+constexpr int kBarrierSpin = 2000;
 constexpr int kIdleSpin = 20000;
 
-// Waits until `value` is no longer `old`: spins at first, then sleeps.
+// Waits until `value` differs from `old`: spins for `spin` iterations, then sleeps.
 void await_change(const std::atomic<uint32_t>& value, uint32_t old, int spin) {
   for (int i = 0; i < spin; ++i) {
     if (value.load(std::memory_order_acquire) != old) return;
-    relax();
+    pause();
   }
   value.wait(old, std::memory_order_acquire);
 }
 
-// Wakes those that sleep in await_change(), after `value` was changed.
+// Wakes the threads that sleep in await_change(), after a change of `value`.
 void wake(std::atomic<uint32_t>& value) {
-  // notify_all() first looks whether anyone sleeps, and that look must not overtake the change: a thread
-  // going to sleep in between would see the old value and never be woken.
+  // notify_all() first checks whether a thread sleeps. This check must not be reordered before the change: a thread
+  // that goes to sleep in between would see the old value, and never wake.
   std::atomic_thread_fence(std::memory_order_seq_cst);
   value.notify_all();
 }
 
 }  // namespace
 
-// One thread's sums of a profile.
+// The sums of a profile for one thread.
 class ThreadProfile {
  public:
   void start() { last_ = now(); }
@@ -92,7 +96,7 @@ class Barrier {
       wake(generation_);
       return;
     }
-    // wait() may return while the value is still the old one's copy: ask again.
+    // atomic::wait() may return early.
     while (generation_.load(std::memory_order_acquire) == generation)
       await_change(generation_, generation, spin_);
   }
@@ -108,7 +112,7 @@ namespace {
 
 std::vector<ThreadProfile> thread_profiles;  // empty: off
 
-ThreadProfile* times_of(int thread) {
+ThreadProfile* profile_of(int thread) {
   if (thread >= static_cast<int>(thread_profiles.size())) return nullptr;
   thread_profiles[thread].start();
   return &thread_profiles[thread];
@@ -134,15 +138,15 @@ PhaseTime phase_time(Phase phase, bool is_module) {
 }
 
 const char* phase_name(Phase phase) {
-  constexpr const char* names[kPhases] = {"lead", "qkv",   "attention", "output", "gate_up",
-                                          "down", "input", "head",      "pick"};
+  constexpr const char* names[kPhases] = {"leader", "qkv",        "attention", "output", "gate_up",
+                                          "down",   "input_proj", "head",      "select"};
   return names[static_cast<int>(phase)];
 }
 
 void Team::barrier(Phase phase) const {
-  if (times != nullptr) times->finish(phase, in_module);
+  if (profile != nullptr) profile->finish(phase, in_module);
   if (n_threads > 1) sync->arrive_and_wait();
-  if (times != nullptr) times->resume(phase, in_module);
+  if (profile != nullptr) profile->resume(phase, in_module);
 }
 
 namespace {
@@ -150,7 +154,7 @@ namespace {
 class Pool {
  public:
   explicit Pool(int n_threads) : n_threads_(n_threads) {
-    spin_ = n_threads <= available_cores() ? kSpin : 0;
+    spin_ = n_threads <= available_cores() ? kBarrierSpin : 0;
     barrier_.reset(n_threads, spin_);
     for (int thread = 1; thread < n_threads; ++thread)
       workers_.emplace_back([this, thread] { work(thread); });
@@ -170,7 +174,7 @@ class Pool {
     context_ = context;
     start_.fetch_add(1, std::memory_order_release);
     wake(start_);
-    function(Team{0, n_threads_, &barrier_, times_of(0)}, context);
+    function(Team{0, n_threads_, &barrier_, profile_of(0)}, context);
     barrier_.arrive_and_wait();
   }
 
@@ -182,7 +186,7 @@ class Pool {
         await_change(start_, seen, spin_ > 0 ? kIdleSpin : 0);
       ++seen;
       if (stop_) return;
-      function_(Team{thread, n_threads_, &barrier_, times_of(thread)}, context_);
+      function_(Team{thread, n_threads_, &barrier_, profile_of(thread)}, context_);
       barrier_.arrive_and_wait();
     }
   }
@@ -201,8 +205,8 @@ std::mutex pool_mutex;
 Pool* pool = nullptr;
 std::atomic<int> wanted_threads{0};
 
-// The threads of a pool don't exist in a forked child: the child starts a new pool, and the parent's
-// is left alone there (joining its threads would never end).
+// A forked child lacks the threads of the parent's pool. The child starts a pool of its own, and leaks the parent's:
+// joining its threads would never end.
 void forget_pool_after_fork() {
   pool = nullptr;
   new (&pool_mutex) std::mutex;

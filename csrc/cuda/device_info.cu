@@ -1,4 +1,4 @@
-// The GPUs of this machine, asked once each.
+// Queries the GPUs of the machine. The only file here that the emulation leaves out.
 #include "device_info.h"
 
 #include <cuda_runtime.h>
@@ -9,29 +9,30 @@ namespace recycle::cuda {
 
 namespace {
 
-constexpr int kMostGpus = 64;
-std::atomic<bool> known[kMostGpus];
-Device devices[kMostGpus];
+constexpr int kMaxGpus = 64;
+std::atomic<bool> known[kMaxGpus];
+Device devices[kMaxGpus];
 
-// Any kernel: all are compiled for the same architectures.
+// Stands for all kernels, which are compiled for the same architectures.
 __global__ void probe() {}
 
 }  // namespace
 
 bool describe(int index, Device* device) {
-  if (index < 0 || index >= kMostGpus) return false;
+  if (index < 0 || index >= kMaxGpus) return false;
   if (!known[index].load()) {
     const OnGpu on(index);
     int multiprocessors = 0, major = 0, shared_bytes = 0;
     cudaFuncAttributes kernel;
-    if (cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index) !=
-            cudaSuccess ||
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) != cudaSuccess ||
-        cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) !=
-            cudaSuccess ||
+    const auto query = [index](int* value, cudaDeviceAttr attribute) {
+      return cudaDeviceGetAttribute(value, attribute, index) == cudaSuccess;
+    };
+    if (!query(&multiprocessors, cudaDevAttrMultiProcessorCount) ||
+        !query(&major, cudaDevAttrComputeCapabilityMajor) ||
+        !query(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin) ||
         cudaFuncGetAttributes(&kernel, probe) != cudaSuccess)
       return false;
-    // Kernels that were compiled for an earlier GPU don't wait for each other: they mustn't overlap.
+    // Kernels compiled for an earlier architecture don't wait for their predecessor: they must not overlap it.
     devices[index] = {multiprocessors, major >= 9 && kernel.ptxVersion >= 90, shared_bytes};
     known[index].store(true);
   }

@@ -1,11 +1,17 @@
-// The GPUs of this machine.
+// What the backend knows of the machine's GPUs.
 #pragma once
 
-#include "step.h"
+#include <cstdint>
 
 namespace recycle::cuda {
 
-// What decode_step() has to know of GPU `index`; false if there is no such GPU.
+struct Device {
+  int multiprocessors = 1;
+  bool overlap = false;              // programmatic dependent launch works (sm_90 and later)
+  int64_t shared_bytes = 48 * 1024;  // maximum of shared memory for a block
+};
+
+// The properties of GPU `index`, queried once a process; false if there is no such GPU.
 bool describe(int index, Device* device);
 
 // Makes a GPU the current one until the end of the scope.
@@ -20,7 +26,7 @@ class OnGpu {
   int before_ = -1;
 };
 
-// Why CUDA refused the last call that it refused.
+// CUDA's message for the last call that failed.
 const char* last_error();
 
 }  // namespace recycle::cuda

@@ -1,35 +1,35 @@
-// RMSNorm, gate, up and SwiGLU: x [rows, hidden] -> silu(gate x) * (up x) [rows, intermediate]. A block takes the
-// same panel of both matrices. Bounded by reading them; the largest part of a layer.
-#include "kernels.h"
+// The gate and up projections of the MLP, with the RMSNorm before and the SwiGLU after them, in one kernel.
+//
+//   x [rows, hidden] -> silu(gate x) * (up x) [rows, intermediate]
+//
+// Bounded by reading the two matrices, the largest part of a layer. A block takes the same panel of both, so that
+// SwiGLU needs no memory.
+#include "gemv.cuh"
 
 namespace recycle::cuda {
 
 namespace {
 
-struct GateUpOp {
+struct GateUpParams : GemvParams {
   static constexpr int kMatrices = 2;
-  struct State {};
 
   Matrix gate, up;
-  float* to;
-  int64_t k, units;
-  Input input;
+  float* out;
 
   int format() const { return common_format(gate, up); }
   RECYCLE_DEVICE Matrix matrix(int m, int64_t) const { return m == 0 ? gate : up; }
-  RECYCLE_DEVICE int64_t panel(int64_t unit) const { return unit; }
-  RECYCLE_DEVICE void put(State&, int row, int64_t unit, int lane, const float (&values)[2]) const {
-    to[row * gate.n + unit * kPanelRows + lane] = values[0] / (1 + expf(-values[0])) * values[1];
+  RECYCLE_DEVICE void epilogue(State&, int row, int64_t tile, int output,
+                               const float (&values)[2]) const {
+    out[row * gate.n + tile * kPanelRows + output] = values[0] / (1 + expf(-values[0])) * values[1];
   }
-  RECYCLE_DEVICE void finish(const State&, int, int, bool) const {}
 };
 
 }  // namespace
 
-void gate_up(Launcher& launcher, const Stack& stack, const Layer& layer, const Input& x,
-             float* activation) {
-  launcher.products(
-      GateUpOp{layer.gate, layer.up, activation, stack.hidden, n_panels(layer.gate.n), x});
+void gate_up(Launcher& launcher, const Stack& stack, const Layer& layer, const GemvInput& x,
+             float* out) {
+  launch_gemv(launcher,
+              GateUpParams{{stack.hidden, n_panels(layer.gate.n), x}, layer.gate, layer.up, out});
 }
 
 }  // namespace recycle::cuda

@@ -1,13 +1,14 @@
-// What the kernels use of CUDA, in one place, so that they can also run where there is no GPU: with
-// RECYCLE_EMULATE_CUDA the same sources are compiled as plain C++ (emulation.h), and the tests run them so.
+// The CUDA features that kernels use, in one place, so that the kernels also run without a GPU: with
+// RECYCLE_EMULATE_CUDA defined the same sources compile as C++ (python_tests/cuda_emulation/emulation.h).
 //
-// Kernels follow each other in one stream. On Hopper and later the next one may start before the one before
-// it is done (programmatic dependent launch): it asks for its first weights, which nothing writes to, and
-// only then waits. Earlier GPUs start it when the one before is done; waiting and asking ahead do nothing there.
+// Programmatic dependent launch (sm_90 and later): a kernel may start before its predecessor in the stream ends. The
+// kernel then prefetches weights, which no kernel of a step writes, and waits for the predecessor's results. Before
+// sm_90 a kernel starts after its predecessor ends, and these functions do nothing.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "recycle/format.h"
 
@@ -21,9 +22,7 @@
 
 namespace recycle::cuda {
 
-using Stream = cudaStream_t;
-
-// The block's dynamic shared memory, which is all there is of it.
+// The block's dynamic shared memory. Kernels have no static shared memory.
 template <class T>
 RECYCLE_DEVICE T* shared_memory() {
   extern __shared__ __align__(16) unsigned char recycle_shared[];
@@ -37,7 +36,7 @@ RECYCLE_DEVICE int shuffle_xor(int value, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
 
-// 16 bytes that no kernel of a step writes to, read once: past the L1 cache.
+// 16 bytes that no kernel of a step writes and that a step reads once: the load bypasses the L1 cache.
 RECYCLE_DEVICE uint4 load_weights(const std::byte* from) {
   uint4 value;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -56,19 +55,21 @@ RECYCLE_DEVICE float from_half(uint16_t half) {
   return __half2float(__ushort_as_half(half));
 }
 
-RECYCLE_DEVICE void let_next_start() {
+// Allows the next kernel of the stream to start.
+RECYCLE_DEVICE void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
-RECYCLE_DEVICE void wait_for_previous() {
+// Waits until the previous kernels of the stream have ended and their writes are visible.
+RECYCLE_DEVICE void grid_dependency_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Into the L2 cache; one thread asks for all of it. `bytes`: a multiple of 16.
+// Prefetches `bytes`, a multiple of 16, into the L2 cache. One thread calls.
 RECYCLE_DEVICE void prefetch(const std::byte* from, int64_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from),
@@ -76,15 +77,15 @@ RECYCLE_DEVICE void prefetch(const std::byte* from, int64_t bytes) {
 #endif
 }
 
-// The 128 bytes there, into the L2 cache.
+// Prefetches the 128 bytes around `at` into the L2 cache.
 RECYCLE_DEVICE void prefetch_line(const void* at) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 #endif
 }
 
-// True for the last of `count` blocks that call this on a counter, which must be 0 at first and is 0 again
-// afterwards: what the others wrote before is then visible to it. All threads call; `flag` is shared memory.
+// True in the last of `count` blocks that call this: the other blocks' earlier writes are visible there. All threads
+// call. The counter is 0 before the first call and after the last; `flag` is shared memory.
 RECYCLE_DEVICE bool is_last_block(unsigned* counter, unsigned count, unsigned* flag) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -98,14 +99,15 @@ RECYCLE_DEVICE bool is_last_block(unsigned* counter, unsigned count, unsigned* f
   return *flag != 0;
 }
 
-// Starts a kernel; false if CUDA refuses, last_error() then says why. most_shared: what this GPU allows a block.
-template <class... Parameters, class... Arguments>
-bool launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes,
-            int64_t most_shared, Stream stream, bool overlap, const Arguments&... arguments) {
-  // Always to the most, so that threads of the host don't lower it for each other.
+// Starts kernel(params); false if CUDA refuses, last_error() then says why. overlap: programmatic dependent launch.
+template <class Params>
+bool launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int64_t shared_bytes,
+                   int64_t max_shared_bytes, void* stream, bool overlap,
+                   const std::type_identity_t<Params>& params) {
+  // Always the GPU's maximum: host threads that set different limits would lower the limit for each other.
   if (shared_bytes > 48 * 1024 &&
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(most_shared)) != cudaSuccess)
+                           static_cast<int>(max_shared_bytes)) != cudaSuccess)
     return false;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -114,10 +116,10 @@ bool launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t share
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
+  config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = overlap ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...) == cudaSuccess;
+  return cudaLaunchKernelEx(&config, kernel, params) == cudaSuccess;
 }
 
 }  // namespace recycle::cuda
@@ -125,8 +127,9 @@ bool launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t share
 
 namespace recycle::cuda {
 
-inline constexpr int kWarp = 32;
+inline constexpr int kWarp = 32;  // threads
 
+// Reductions over a warp, to all of its threads, as a butterfly: the order of additions is fixed.
 RECYCLE_DEVICE float warp_sum(float value) {
   for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
   return value;
@@ -135,6 +138,26 @@ RECYCLE_DEVICE float warp_sum(float value) {
 RECYCLE_DEVICE float warp_max(float value) {
   for (int mask = kWarp / 2; mask > 0; mask /= 2) value = fmaxf(value, shuffle_xor(value, mask));
   return value;
+}
+
+// The same over a block of n_warps warps, which are combined in ascending order. shared: [n_warps]
+template <class Combine>
+RECYCLE_DEVICE float block_reduce(float* shared, int n_warps, float warp_value, Combine combine) {
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = warp_value;
+  __syncthreads();
+  float value = shared[0];
+  for (int w = 1; w < n_warps; ++w) value = combine(value, shared[w]);
+  return value;
+}
+
+RECYCLE_DEVICE float block_sum(float* shared, int n_warps, float value) {
+  return block_reduce(shared, n_warps, warp_sum(value), [](float a, float b) { return a + b; });
+}
+
+RECYCLE_DEVICE float block_max(float* shared, int n_warps, float value) {
+  return block_reduce(shared, n_warps, warp_max(value),
+                      [](float a, float b) { return fmaxf(a, b); });
 }
 
 }  // namespace recycle::cuda

@@ -1,42 +1,40 @@
-// One matrix: the attention's and the MLP's output, added to the residual stream, and the module's input.
+// One linear layer: the output projection of attention and the down projection of the MLP, both added to the residual
+// stream, and the module's input projection.
 //
-//   x [rows, k] -> to [rows, n]
+//   x [rows, k] -> out [rows, n]
 //
-// Bounded by reading the matrix. An output belongs to one block, so it is added to without atomics.
-#include "kernels.h"
+// Bounded by reading the matrix. One block computes an output, so that adding to `out` needs no atomics.
+#include "gemv.cuh"
 
 namespace recycle::cuda {
 
 namespace {
 
-struct ProjectOp {
+struct LinearParams : GemvParams {
   static constexpr int kMatrices = 1;
-  struct State {};
 
-  Matrix weights;
+  Matrix weight;
   const float* bias;
-  bool add;
-  float* to;
-  int64_t k, units;
-  Input input;
+  bool accumulate;
+  float* out;
 
-  int format() const { return common_format(weights); }
-  RECYCLE_DEVICE Matrix matrix(int, int64_t) const { return weights; }
-  RECYCLE_DEVICE int64_t panel(int64_t unit) const { return unit; }
-  RECYCLE_DEVICE void put(State&, int row, int64_t unit, int lane, const float (&values)[1]) const {
-    const int64_t n = unit * kPanelRows + lane;
-    float* out = to + row * weights.n + n;
+  int format() const { return common_format(weight); }
+  RECYCLE_DEVICE Matrix matrix(int, int64_t) const { return weight; }
+  RECYCLE_DEVICE void epilogue(State&, int row, int64_t tile, int output,
+                               const float (&values)[1]) const {
+    const int64_t n = tile * kPanelRows + output;
+    float* to = out + row * weight.n + n;
     const float value = bias != nullptr ? values[0] + bias[n] : values[0];
-    *out = add ? *out + value : value;
+    *to = accumulate ? *to + value : value;
   }
-  RECYCLE_DEVICE void finish(const State&, int, int, bool) const {}
 };
 
 }  // namespace
 
-void project(Launcher& launcher, const Matrix& matrix, const float* bias, const Input& x, bool add,
-             float* to) {
-  launcher.products(ProjectOp{matrix, bias, add, to, matrix.k, n_panels(matrix.n), x});
+void linear(Launcher& launcher, const Matrix& weight, const float* bias, const GemvInput& x,
+            bool accumulate, float* out) {
+  launch_gemv(launcher,
+              LinearParams{{weight.k, n_panels(weight.n), x}, weight, bias, accumulate, out});
 }
 
 }  // namespace recycle::cuda

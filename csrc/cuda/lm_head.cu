@@ -1,66 +1,48 @@
-// RMSNorm, output matrix and argmax: x [rows, hidden] -> for each row and block the largest logit and its token.
+// The LM head with the RMSNorm before it and a partial argmax after it, in one kernel.
 //
-// Bounded by reading the head. A thread keeps the best of one output in 16 of the panels that its block takes, so
-// logits never reach memory, unless sampling asks for them; blocks are compared by who reads the bests (select.cu).
-// The lowest token wins among equals, whichever block had which panel. A logit that isn't finite makes its row's
-// best NaN.
-#include "kernels.h"
+//   x [rows, hidden] -> the largest logit of each row and block, and its token; logits [rows, n] for sampling only
+//
+// Bounded by reading the matrix. A thread keeps the maximum of one output in 16 over the tiles of its block, so that
+// a greedy step writes no logits; argmax() in sampling.h reduces the blocks. Among equal logits the lowest token
+// wins, whichever block has it. A nonfinite logit makes the partial maximum NaN.
+#include "gemv.cuh"
 
 namespace recycle::cuda {
 
 namespace {
 
-struct HeadOp {
+struct LmHeadParams : GemvParams {
   static constexpr int kMatrices = 1;
-  struct State {
-    float value = -INFINITY;
-    float poison = 0;  // 0, or NaN once a logit was NaN or infinite
-    int id = 0;
-  };
+  using State = Argmax;
 
-  Matrix head;
+  Matrix weight;
   float* logits;
-  HeadBests bests;
-  int64_t k, units;
-  Input input;
+  PartialArgmax partial;
 
-  int format() const { return common_format(head); }
-  RECYCLE_DEVICE Matrix matrix(int, int64_t) const { return head; }
-  RECYCLE_DEVICE int64_t panel(int64_t unit) const { return unit; }
-  RECYCLE_DEVICE void put(State& state, int row, int64_t unit, int lane,
-                          const float (&values)[1]) const {
-    const int64_t n = unit * kPanelRows + lane;
-    if (n >= head.n) return;
-    if (logits != nullptr) logits[row * head.n + n] = values[0];
-    state.poison += values[0] * 0.0f;
-    if (values[0] > state.value) {
-      state.value = values[0];
-      state.id = static_cast<int>(n);
-    }
+  int format() const { return common_format(weight); }
+  RECYCLE_DEVICE Matrix matrix(int, int64_t) const { return weight; }
+  RECYCLE_DEVICE void epilogue(State& state, int row, int64_t tile, int output,
+                               const float (&values)[1]) const {
+    const int64_t n = tile * kPanelRows + output;
+    if (n >= weight.n) return;
+    if (logits != nullptr) logits[row * weight.n + n] = values[0];
+    state.nonfinite += values[0] * 0.0f;
+    state.combine(values[0], static_cast<int>(n));
   }
-  // Of 16 neighbouring threads, which have the same row.
-  RECYCLE_DEVICE void finish(State state, int row, int lane, bool in_use) const {
-    for (int mask = kPanelRows / 2; mask > 0; mask /= 2) {
-      const float value = shuffle_xor(state.value, mask);
-      const int id = shuffle_xor(state.id, mask);
-      state.poison += shuffle_xor(state.poison, mask);
-      if (value > state.value || (value == state.value && id < state.id)) {
-        state.value = value;
-        state.id = id;
-      }
-    }
-    if (lane != 0 || !in_use) return;
-    const int64_t at = int64_t{row} * bests.blocks + blockIdx.x;
-    bests.value[at] = state.value + state.poison;
-    bests.id[at] = state.id;
+  RECYCLE_DEVICE void finish(State state, int row, int output, bool is_used) const {
+    state.reduce(kPanelRows);  // the 16 threads of a row are neighbours
+    if (output != 0 || !is_used) return;
+    const int64_t at = int64_t{row} * partial.blocks + blockIdx.x;
+    partial.value[at] = state.value + state.nonfinite;
+    partial.token[at] = state.token;
   }
 };
 
 }  // namespace
 
-void scan_head(Launcher& launcher, const Matrix& head, const Input& x, float* logits,
-               const HeadBests& bests) {
-  launcher.products(HeadOp{head, logits, bests, head.k, n_panels(head.n), x});
+void lm_head(Launcher& launcher, const Matrix& weight, const GemvInput& x, float* logits,
+             const PartialArgmax& partial) {
+  launch_gemv(launcher, LmHeadParams{{weight.k, n_panels(weight.n), x}, weight, logits, partial});
 }
 
 }  // namespace recycle::cuda

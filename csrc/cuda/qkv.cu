@@ -1,53 +1,53 @@
-// RMSNorm and the products of q, k and v, in one kernel: x [rows, hidden] -> q [rows, heads * head_dim], k and v.
-// RoPE and the append are attention's (attention.cu): a rotation needs outputs of two panels, and every split of
-// the cache can do it again for less than a kernel of its own costs. Bounded by reading the three matrices.
-#include "kernels.h"
+// The q, k and v projections with the RMSNorm before them, in one kernel.
+//
+//   x [rows, hidden] -> q [rows, n_heads * head_dim], k and v [rows, n_kv_heads * head_dim], before RoPE
+//
+// Bounded by reading the three matrices.
+// Rejected: RoPE and the append to the cache in this epilogue. A rotation needs outputs of two panels; every block of
+// attention.cu repeats it for less than the launch of one more kernel.
+#include "gemv.cuh"
 
 namespace recycle::cuda {
 
 namespace {
 
-struct QkvOp {
+struct QkvParams : GemvParams {
   static constexpr int kMatrices = 1;
-  struct State {};
 
   Matrix matrices[3];
   const float* biases[3];
   float* outs[3];
-  int64_t ends[3];  // units up to the end of each matrix
-  int64_t k, units;
-  Input input;
+  int64_t ends[2];  // tiles up to the end of q, and of k
 
   int format() const { return common_format(matrices[0], matrices[1], matrices[2]); }
-  RECYCLE_DEVICE int of(int64_t unit) const { return unit < ends[0] ? 0 : unit < ends[1] ? 1 : 2; }
-  RECYCLE_DEVICE Matrix matrix(int, int64_t unit) const { return matrices[of(unit)]; }
-  RECYCLE_DEVICE int64_t panel(int64_t unit) const {
-    const int part = of(unit);
-    return part == 0 ? unit : unit - ends[part - 1];
+  RECYCLE_DEVICE int index(int64_t tile) const {
+    return tile < ends[0] ? 0 : tile < ends[1] ? 1 : 2;
   }
-  RECYCLE_DEVICE void put(State&, int row, int64_t unit, int lane, const float (&values)[1]) const {
-    const int part = of(unit);
-    const int64_t n = panel(unit) * kPanelRows + lane;
-    const float* bias = biases[part];
-    outs[part][row * matrices[part].n + n] = bias != nullptr ? values[0] + bias[n] : values[0];
+  RECYCLE_DEVICE Matrix matrix(int, int64_t tile) const { return matrices[index(tile)]; }
+  RECYCLE_DEVICE int64_t panel(int64_t tile) const {
+    const int i = index(tile);
+    return i == 0 ? tile : tile - ends[i - 1];
   }
-  RECYCLE_DEVICE void finish(const State&, int, int, bool) const {}
+  RECYCLE_DEVICE void epilogue(State&, int row, int64_t tile, int output,
+                               const float (&values)[1]) const {
+    const int i = index(tile);
+    const int64_t n = panel(tile) * kPanelRows + output;
+    outs[i][row * matrices[i].n + n] = biases[i] != nullptr ? values[0] + biases[i][n] : values[0];
+  }
 };
 
 }  // namespace
 
-void project_qkv(Launcher& launcher, const Stack& stack, const Layer& layer, const Input& x,
-                 const AttentionArrays& out) {
-  QkvOp op{{layer.q, layer.k, layer.v},
-           {layer.q_bias, layer.k_bias, layer.v_bias},
-           {out.q, out.k, out.v},
-           {n_panels(layer.q.n), 0, 0},
-           stack.hidden,
-           0,
-           x};
-  op.ends[1] = op.ends[0] + n_panels(layer.k.n);
-  op.units = op.ends[2] = op.ends[1] + n_panels(layer.v.n);
-  launcher.products(op);
+void qkv(Launcher& launcher, const Stack& stack, const Layer& layer, const GemvInput& x, float* q,
+         float* k, float* v) {
+  const int64_t q_end = n_panels(layer.q.n);
+  const int64_t k_end = q_end + n_panels(layer.k.n);
+  const int64_t v_end = k_end + n_panels(layer.v.n);
+  launch_gemv(launcher, QkvParams{{stack.hidden, v_end, x},
+                                  {layer.q, layer.k, layer.v},
+                                  {layer.q_bias, layer.k_bias, layer.v_bias},
+                                  {q, k, v},
+                                  {q_end, k_end}});
 }
 
 }  // namespace recycle::cuda

@@ -1,74 +1,47 @@
-// Tokens from logits, by one block of threads: what csrc/cpu/sampling.cpp does, with sums whose order doesn't depend on
-// scheduling, so that a seed draws the same token every time.
+// Tokens from logits, by one block of threads a row: what csrc/cpu/sampling.cpp computes, with sums whose order
+// doesn't depend on scheduling, so that a seed always gives the same token.
 #pragma once
 
 #include "kernels.h"
-#include "recycle/head.h"
 #include "recycle/random.h"
 
 namespace recycle::cuda {
 
-// Threads of a block that picks or draws, and the shared memory that takes.
-inline constexpr int kDrawThreads = 256;
-inline constexpr int kDrawWarps = kDrawThreads / kWarp;
-inline constexpr int64_t kDrawBytes = (kDrawThreads + 1) * 8 + 16;
+// Of a block that calls argmax() or sample().
+inline constexpr int kSampleThreads = 256;
+inline constexpr int kSampleWarps = kSampleThreads / kWarp;
+inline constexpr int64_t kSampleSharedBytes = (kSampleThreads + 1) * 8 + 16;
 
-// The token of the best of a row's blocks, to all threads; -1 where a logit wasn't finite.
-RECYCLE_DEVICE int pick(const HeadBests& bests, int64_t row) {
-  float* values = shared_memory<float>();                   // [warps]
-  float* poisons = values + kDrawWarps;                     // [warps]
-  int* ids = reinterpret_cast<int*>(poisons + kDrawWarps);  // [warps]
-  float best = -INFINITY, poison = 0;
-  int id = 0;
-  const auto meet = [&](float value, int other) {
-    if (value > best || (value == best && other < id)) {
-      best = value;
-      id = other;
-    }
-  };
-  for (int i = threadIdx.x; i < bests.blocks; i += kDrawThreads) {
-    const float value = bests.value[row * bests.blocks + i];
-    poison += value != value ? value : 0;
-    // A thread's first is taken whatever it is.
-    if (i == static_cast<int>(threadIdx.x)) {
-      best = value;
-      id = bests.id[row * bests.blocks + i];
-    } else {
-      meet(value, bests.id[row * bests.blocks + i]);
-    }
+// The token with the largest logit of a row, to all threads; -1 if a logit is nonfinite.
+RECYCLE_DEVICE int argmax(const PartialArgmax& partial, int64_t row) {
+  auto* warps = shared_memory<Argmax>();  // [warps]
+  Argmax best;
+  for (int i = threadIdx.x; i < partial.blocks; i += kSampleThreads) {
+    const float value = partial.value[row * partial.blocks + i];
+    best.nonfinite += value != value ? value : 0;
+    best.combine(value, partial.token[row * partial.blocks + i]);
   }
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    const float value = shuffle_xor(best, mask);
-    const int other = shuffle_xor(id, mask);
-    poison += shuffle_xor(poison, mask);
-    meet(value, other);
+  best.reduce(kWarp);
+  __syncthreads();
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = best;
+  __syncthreads();
+  best = warps[0];
+  for (int w = 1; w < kSampleWarps; ++w) {
+    best.combine(warps[w].value, warps[w].token);
+    best.nonfinite += warps[w].nonfinite;
   }
   __syncthreads();
-  if (threadIdx.x % kWarp == 0) {
-    values[threadIdx.x / kWarp] = best;
-    poisons[threadIdx.x / kWarp] = poison;
-    ids[threadIdx.x / kWarp] = id;
-  }
-  __syncthreads();
-  best = values[0];
-  id = ids[0];
-  poison = poisons[0];
-  for (int w = 1; w < kDrawWarps; ++w) {
-    meet(values[w], ids[w]);
-    poison += poisons[w];
-  }
-  __syncthreads();
-  return poison == 0 ? id : -1;
+  return best.nonfinite == 0 ? best.token : -1;
 }
 
 // The token at `u` in [0, 1) of the cumulative distribution of probs [n], which needn't sum to 1; to all threads.
-// A thread sums up neighbouring tokens; who has the one looked for goes through them again.
-RECYCLE_DEVICE int64_t draw(const float* probs, int64_t n, float u) {
-  double* before = shared_memory<double>();  // [threads + 1] the sum before each thread's tokens
-  auto* found = reinterpret_cast<int*>(before + kDrawThreads + 1);
-  const int64_t share = (n + kDrawThreads - 1) / kDrawThreads;
-  const int64_t begin = threadIdx.x * share;
-  const int64_t end = begin + share < n ? begin + share : n;
+// Each thread sums up neighbouring tokens; the thread whose range holds the target scans that range.
+RECYCLE_DEVICE int64_t sample(const float* probs, int64_t n, float u) {
+  double* before = shared_memory<double>();  // [threads + 1] the sum before each thread's range
+  auto* found = reinterpret_cast<int*>(before + kSampleThreads + 1);
+  const int64_t range = (n + kSampleThreads - 1) / kSampleThreads;
+  const int64_t begin = threadIdx.x * range;
+  const int64_t end = begin + range < n ? begin + range : n;
   double sum = 0;
   for (int64_t i = begin; i < end; ++i) sum += probs[i];
   __syncthreads();
@@ -76,24 +49,24 @@ RECYCLE_DEVICE int64_t draw(const float* probs, int64_t n, float u) {
   __syncthreads();
   if (threadIdx.x == 0) {
     before[0] = 0;
-    for (int t = 1; t <= kDrawThreads; ++t) before[t] += before[t - 1];
+    for (int t = 1; t <= kSampleThreads; ++t) before[t] += before[t - 1];
     *found = 0;
   }
   __syncthreads();
-  const double target = u * before[kDrawThreads];
-  // The last thread with a token at all also catches a target that rounding put past the end.
-  const bool has_it = before[threadIdx.x] <= target && target < before[threadIdx.x + 1];
-  const bool is_last = sum > 0 && before[threadIdx.x + 1] == before[kDrawThreads];
-  if (has_it || (is_last && target >= before[kDrawThreads])) {
-    double reached = before[threadIdx.x];
-    int64_t last = begin;
+  const double target = u * before[kSampleThreads];
+  const bool has_target = before[threadIdx.x] <= target && target < before[threadIdx.x + 1];
+  // Rounding may put the target past the end: the last thread with a token then has it.
+  const bool is_last = sum > 0 && before[threadIdx.x + 1] == before[kSampleThreads];
+  if (has_target || (is_last && target >= before[kSampleThreads])) {
+    double cumulative = before[threadIdx.x];
+    int64_t token = begin;
     for (int64_t i = begin; i < end; ++i) {
       if (probs[i] <= 0) continue;
-      reached += probs[i];
-      last = i;
-      if (reached > target) break;
+      cumulative += probs[i];
+      token = i;
+      if (cumulative > target) break;
     }
-    *found = static_cast<int>(last);
+    *found = static_cast<int>(token);
   }
   __syncthreads();
   const int64_t token = *found;
@@ -101,9 +74,9 @@ RECYCLE_DEVICE int64_t draw(const float* probs, int64_t n, float u) {
   return token;
 }
 
-// logits [rows, n] become probabilities in place: temperature, top_k, top_p, as Sampling says. finite [rows]: 0 for
-// a row with a logit that is NaN or infinite.
-void to_distributions(Launcher& launcher, const Sampling& sampling, int rows, int64_t n,
-                      float* logits, int* finite);
+// logits [rows, n] become probabilities in place, as Sampling says. finite [rows]: 0 for a row with a nonfinite
+// logit, whose logits stay.
+void logits_to_probs(Launcher& launcher, const Sampling& sampling, int n_rows, int64_t n,
+                     float* logits, int* finite);
 
 }  // namespace recycle::cuda

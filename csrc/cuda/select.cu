@@ -1,5 +1,8 @@
-// The kernels between the passes (select.h): embeddings, the choice, drafts. A block a row or a sequence; bounded
-// by the latency of a few dependent reads, some microseconds a step.
+// The kernels between the passes (select.h): embeddings, the choice of what counts, draft tokens.
+//
+//   pending [batch, rows_per_sequence] -> x [rows, hidden] -> tokens, counts -> module_input [rows, 2 hidden]
+//
+// One block a row or a sequence. Bounded by the latency of a few dependent reads: some microseconds a step.
 #include "select.h"
 
 #include "recycle/choice.h"
@@ -9,206 +12,109 @@ namespace recycle::cuda {
 
 namespace {
 
-constexpr int kBlockThreads = 256;
-constexpr int kBlockWarps = kBlockThreads / kWarp;
+constexpr int kThreads = kSampleThreads;
 
-using Draw = recycle::Stream;  // what a random number is for; a Stream is CUDA's here
+// ---- inputs of the passes -----------------------------------------------------------------------------
 
-// What kernels need of a SequenceCall, in the GPU's terms.
-struct View {
-  SequenceArrays arrays;
-  int64_t* pending;
-  int64_t* lengths;
-  int64_t* module_lengths;
-  int64_t* tokens;
-  int64_t* counts;
-  Matrix embedding;
-  const float* final_norm;
-  float base_eps;
-  int64_t hidden, vocab, capacity;
-  int width, drafts;
-  int first_of;
-  int last;  // of a sequence's base rows in use
-  bool asks_every_row;
-  bool sampled;
-  const int64_t* seeds;
-  // the module's
-  const float *embed_norm, *hidden_norm;
-  const int64_t* draft_vocab;
-  int64_t n_draft_vocab;
-  float* draft_probs;  // [batch, drafts, n_draft_vocab] sampled verify mode only
-  float eps;
-  bool zero_first_embedding;
-};
-
-View view_of(const SequenceCall& call) {
-  const Model& model = *call.model;
-  View view = {};
-  view.arrays = call.arrays;
-  view.pending = call.state.pending;
-  view.lengths = call.state.lengths;
-  view.module_lengths = call.state.module_lengths();
-  view.tokens = call.tokens;
-  view.counts = call.counts;
-  view.embedding = model.base.embedding;
-  view.final_norm = model.base.final_norm;
-  view.base_eps = model.base.stack.eps;
-  view.hidden = model.base.stack.hidden;
-  view.vocab = model.base.head.n;
-  view.capacity = call.capacity;
-  view.drafts = static_cast<int>(call.state.drafts);
-  view.width = view.drafts + 1;
-  view.first_of = call.first_of;
-  view.last = call.first_of < 0 ? view.drafts : 0;
-  view.asks_every_row = call.state.mode == Mode::verify && call.first_of < 0;
-  view.sampled = !call.state.sampling.greedy();
-  view.seeds = call.state.sampling.seeds;
-  view.draft_probs = call.state.draft_probs;
-  if (call.state.drafts > 0) {
-    view.embed_norm = model.module.embed_norm;
-    view.hidden_norm = model.module.hidden_norm;
-    view.draft_vocab = model.module.draft_vocab;
-    view.n_draft_vocab = model.module.head.n;
-    view.eps = model.module.stack.eps;
-    view.zero_first_embedding = model.module.zero_first_embedding;
-  }
-  return view;
+// read_weight() with divisions by constants: a 64-bit division by a variable is a function call.
+RECYCLE_DEVICE float embedding_at(const Matrix& matrix, int64_t token, int64_t k) {
+  const std::byte* panel = matrix.panel(token / kPanelRows);
+  const int64_t lane = token % kPanelRows;
+  return is_quantised(matrix.format)
+             ? read_weight(matrix.format, panel, lane, k / kBlock, k % kBlock)
+             : read_weight(matrix.format, panel, lane, k / kPanelRows, k % kPanelRows);
 }
 
-// Element k of row `row`: for looking up embeddings, a row at a time.
-RECYCLE_DEVICE float weight_at(const Matrix& matrix, int64_t row, int64_t k) {
-  const std::byte* panel = matrix.data + row / kPanelRows * panel_bytes(matrix.format, matrix.k);
-  const int64_t lane = row % kPanelRows;
-  const auto half = [](const std::byte* at) {
-    return half_to_float(*reinterpret_cast<const uint16_t*>(at));
-  };
-  switch (matrix.format) {
-    case Format::f32:
-      return reinterpret_cast<const float*>(panel)[k * kPanelRows + lane];
-    case Format::f16:
-      return half(panel + (k * kPanelRows + lane) * 2);
-    case Format::bf16:
-      return bf16_to_float(
-          reinterpret_cast<const uint16_t*>(panel)[(k / 2 * kPanelRows + lane) * 2 + k % 2]);
-    default:
-      break;
-  }
-  const int64_t block = k / kBlock, i = k % kBlock;
-  const std::byte* scales = panel + scales_at(matrix.format, block) + lane * 2;
-  const auto* quants =
-      reinterpret_cast<const uint8_t*>(panel + quants_at(matrix.format, block)) + lane * 4;
-  const float scale = half(scales);
-  if (matrix.format == Format::q8_0)
-    return scale * static_cast<float>(static_cast<int>(quants[i / 4 * kAlign + i % 4]) - 128);
-  const uint8_t byte = quants[i / 8 * kAlign + i % 4];
-  const auto nibble = static_cast<float>(i % 8 < 4 ? byte & 15 : byte >> 4);
-  return matrix.format == Format::q4_0 ? scale * (nibble - 8)
-                                       : scale * nibble + half(scales + kPanelRows * 2);
-}
-
-// to = from / sqrt(mean(from^2) + eps) * weight; as it is where weight is null. In place is fine. All threads.
-RECYCLE_DEVICE void norm_row(const float* from, const float* weight, float eps, int64_t n,
-                             float* to) {
-  float* sums = shared_memory<float>();  // [warps]
+// out = x / sqrt(mean(x^2) + eps) * weight, or x where `weight` is null. All threads call; out may be x.
+RECYCLE_DEVICE void norm_row(const float* x, const float* weight, float eps, int64_t n,
+                             float* out) {
   float scale = 1;
   if (weight != nullptr) {
     float sum = 0;
-    for (int64_t i = threadIdx.x; i < n; i += kBlockThreads) sum = fmaf(from[i], from[i], sum);
-    sum = warp_sum(sum);
-    __syncthreads();
-    if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = sum;
-    __syncthreads();
-    sum = 0;
-    for (int w = 0; w < kBlockWarps; ++w) sum += sums[w];
+    for (int64_t i = threadIdx.x; i < n; i += kThreads) sum = fmaf(x[i], x[i], sum);
+    sum = block_sum(shared_memory<float>(), kSampleWarps, sum);
     scale = 1 / sqrtf(sum / static_cast<float>(n) + eps);
   }
-  for (int64_t i = threadIdx.x; i < n; i += kBlockThreads)
-    to[i] = weight != nullptr ? from[i] * scale * weight[i] : from[i];
+  for (int64_t i = threadIdx.x; i < n; i += kThreads)
+    out[i] = weight != nullptr ? x[i] * scale * weight[i] : x[i];
 }
 
-static_assert(kDrawThreads == kBlockThreads);
-static_assert(kMaxDrafts + 1 <= kBlockThreads);
+// A row of the module's input: the embedding of the token after a position, and the hidden state at the position.
+RECYCLE_DEVICE void write_module_input(const SelectParams& params, int64_t token, int position,
+                                       const float* hidden, const float* final_norm, float* input) {
+  const bool zero = params.zero_first_embedding && position == 0;
+  for (int64_t i = threadIdx.x; i < params.hidden; i += kThreads)
+    input[i] = zero ? 0 : embedding_at(params.embedding, token, i);
+  norm_row(input, params.embed_norm, params.module_eps, params.hidden, input);
+  float* state = input + params.hidden;
+  norm_row(hidden, final_norm, params.base_eps, params.hidden, state);
+  if (params.hidden_norm != nullptr)
+    norm_row(state, params.hidden_norm, params.module_eps, params.hidden, state);
+}
 
-// A block a row.
-__global__ void __launch_bounds__(kBlockThreads) begin_kernel(View view) {
-  let_next_start();
-  wait_for_previous();
+// An unused row still passes through the module: its input must be finite.
+RECYCLE_DEVICE void clear_module_input(const SelectParams& params, float* input) {
+  for (int64_t i = threadIdx.x; i < 2 * params.hidden; i += kThreads) input[i] = 0;
+}
+
+// One block a row.
+__global__ void __launch_bounds__(kThreads, 1) begin_kernel(SelectParams params) {
+  launch_dependents();
+  grid_dependency_wait();
+  const SelectBuffers& buffers = params.buffers;
   const int row = blockIdx.x;
-  const int sequence = row / view.width;
-  const int64_t* pending = view.pending + sequence * view.width;
-  const int64_t length = view.lengths[sequence];
-  const bool idle = pending[0] < 0 || (view.first_of >= 0 && sequence != view.first_of);
-  const int64_t needed = view.first_of < 0 ? positions_needed(view.drafts)
-                         : view.drafts > 0 ? view.drafts
-                                           : 1;
-  bool fits = length >= 0 && length <= view.capacity - needed;
-  if (view.drafts > 0) {
-    const int64_t read = view.module_lengths[sequence];
-    fits = fits && read >= 0 && read <= length;
+  const int sequence = row / params.rows_per_sequence;
+  const int row_in_sequence = row % params.rows_per_sequence;
+  const int64_t* pending = params.pending + sequence * params.rows_per_sequence;
+  const int64_t length = params.lengths[sequence];
+  const bool is_idle =
+      pending[0] < 0 || (params.prefill_sequence >= 0 && sequence != params.prefill_sequence);
+  // The end of a prefill writes one row in the base model, and one for each draft token in the module.
+  const int64_t needed = params.prefill_sequence < 0   ? positions_needed(params.num_draft_tokens)
+                         : params.num_draft_tokens > 0 ? params.num_draft_tokens
+                                                       : 1;
+  bool fits = length >= 0 && length <= params.capacity - needed;
+  if (params.num_draft_tokens > 0) {
+    const int64_t module_length = params.module_lengths[sequence];
+    fits = fits && module_length >= 0 && module_length <= length;
   }
-  for (int j = 0; j <= view.last; ++j) fits = fits && pending[j] >= 0 && pending[j] < view.vocab;
-  const bool in_use = !idle && fits && row % view.width <= view.last;
-  for (int64_t i = threadIdx.x; i < view.hidden; i += kBlockThreads)
-    view.arrays.x[row * view.hidden + i] =
-        in_use ? weight_at(view.embedding, pending[row % view.width], i) : 0;
+  for (int j = 0; j <= params.last_row; ++j)
+    fits = fits && pending[j] >= 0 && pending[j] < params.vocab;
+  const bool is_used = !is_idle && fits && row_in_sequence <= params.last_row;
+  for (int64_t i = threadIdx.x; i < params.hidden; i += kThreads)
+    buffers.x[row * params.hidden + i] =
+        is_used ? embedding_at(params.embedding, pending[row_in_sequence], i) : 0;
   if (row == 0)
-    for (int i = threadIdx.x; i < view.arrays.n_arrived; i += kBlockThreads)
-      view.arrays.arrived[i] = 0;
+    for (int i = threadIdx.x; i < buffers.n_counters; i += kThreads) buffers.blocks_done[i] = 0;
   if (threadIdx.x != 0) return;
-  view.arrays.positions[row] = in_use ? static_cast<int>(length) + row % view.width : -1;
-  if (view.asks_every_row)
-    view.arrays.head_rows[row] = row;
-  else if (row < static_cast<int>(gridDim.x) / view.width)
-    view.arrays.head_rows[row] = row * view.width + view.last;
-  if (row % view.width == 0) {
-    view.arrays.grown[sequence] = idle ? 0 : fits ? 1 : kNoRoom;
-    for (int j = 0; j < view.width; ++j) {
-      view.arrays.new_pending[sequence * view.width + j] = pending[j];
-      view.tokens[sequence * view.width + j] = -1;
-    }
+  buffers.positions[row] = is_used ? static_cast<int>(length) + row_in_sequence : -1;
+  if (params.head_reads_every_row)
+    buffers.head_rows[row] = row;
+  else if (row < params.batch)
+    buffers.head_rows[row] = row * params.rows_per_sequence + params.last_row;
+  if (row_in_sequence != 0) return;
+  params.counts[sequence] = is_idle ? 0 : fits ? 1 : kNoRoom;
+  for (int j = 0; j < params.rows_per_sequence; ++j) {
+    buffers.new_pending[row + j] = pending[j];
+    params.tokens[row + j] = -1;
   }
-}
-
-// One row of the module's inputs: the embedding of the token after it, and its hidden state.
-RECYCLE_DEVICE void module_input(const View& view, int64_t token, int position, const float* state,
-                                 const float* state_norm, float* pair) {
-  const bool nothing = view.zero_first_embedding && position == 0;
-  for (int64_t i = threadIdx.x; i < view.hidden; i += kBlockThreads)
-    pair[i] = nothing ? 0 : weight_at(view.embedding, token, i);
-  norm_row(pair, view.embed_norm, view.eps, view.hidden, pair);
-  norm_row(state, state_norm, view.base_eps, view.hidden, pair + view.hidden);
-  if (view.hidden_norm != nullptr)
-    norm_row(pair + view.hidden, view.hidden_norm, view.eps, view.hidden, pair + view.hidden);
-}
-
-// The new state of a sequence, once all of the step is known to have worked, by one thread.
-RECYCLE_DEVICE void commit(const View& view, int sequence) {
-  const int64_t grown = view.arrays.grown[sequence];
-  view.counts[sequence] = grown;
-  if (grown <= 0) {
-    for (int j = 0; j < view.width; ++j) view.tokens[sequence * view.width + j] = -1;
-    return;
-  }
-  for (int j = 0; j < view.width; ++j)
-    view.pending[sequence * view.width + j] = view.arrays.new_pending[sequence * view.width + j];
-  view.lengths[sequence] += grown;
-  if (view.drafts > 0) view.module_lengths[sequence] += grown;
 }
 
 // ---- what counts --------------------------------------------------------------------------------------
 
-RECYCLE_DEVICE float random(const View& view, int sequence, int64_t position, Draw stream) {
-  return uniform(static_cast<uint64_t>(view.seeds[sequence]), static_cast<uint64_t>(position),
+RECYCLE_DEVICE float random(const SelectParams& params, int sequence, int64_t position,
+                            Stream stream) {
+  return uniform(static_cast<uint64_t>(params.seeds[sequence]), static_cast<uint64_t>(position),
                  stream);
 }
 
-// `token` is in the draft vocabulary: it was drawn from it.
-RECYCLE_DEVICE int64_t draft_index(const View& view, int64_t token) {
-  if (view.draft_vocab == nullptr) return token;
-  int64_t low = 0, high = view.n_draft_vocab;
+// Row of `token` in the module's head. The token is in the draft vocabulary, which is sorted.
+RECYCLE_DEVICE int64_t draft_index(const SelectParams& params, int64_t token) {
+  if (params.draft_vocab == nullptr) return token;
+  int64_t low = 0, high = params.draft_vocab_size;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (view.draft_vocab[middle] < token)
+    if (params.draft_vocab[middle] < token)
       low = middle + 1;
     else
       high = middle;
@@ -216,169 +122,230 @@ RECYCLE_DEVICE int64_t draft_index(const View& view, int64_t token) {
   return low;
 }
 
-// Speculative sampling (Leviathan et al. 2023, algorithm 1): a draft drawn from q counts with probability
-// min(1, p / q); else the token is drawn from max(0, p - q).
-RECYCLE_DEVICE Choice verify_sampled(const View& view, int sequence, int length) {
-  const int64_t* pending = view.pending + sequence * view.width;
-  float* probs = view.arrays.base_probs + int64_t{sequence} * view.width * view.vocab;
-  for (int j = 0; j < view.drafts; ++j, probs += view.vocab) {
+// Speculative sampling, see choice.h. length: the position of the sequence's first row.
+RECYCLE_DEVICE Choice verify_sampled(const SelectParams& params, int sequence, int length) {
+  const int64_t* pending = params.pending + sequence * params.rows_per_sequence;
+  float* p =
+      params.buffers.base_probs + int64_t{sequence} * params.rows_per_sequence * params.vocab;
+  const float* q =
+      params.draft_probs + int64_t{sequence} * params.num_draft_tokens * params.draft_vocab_size;
+  for (int j = 0; j < params.num_draft_tokens; ++j) {
     const int64_t token = pending[j + 1];
     const int64_t position = length + j + 1;
-    const float* q = view.draft_probs + (int64_t{sequence} * view.drafts + j) * view.n_draft_vocab;
-    if (random(view, sequence, position, Draw::accept) * q[draft_index(view, token)] < probs[token])
+    if (accepts_draft(random(params, sequence, position, Stream::accept), p[token],
+                      q[draft_index(params, token)])) {
+      p += params.vocab;
+      q += params.draft_vocab_size;
       continue;
-    __syncthreads();  // all have read probs[token]
-    for (int64_t i = threadIdx.x; i < view.n_draft_vocab; i += kBlockThreads) {
-      float& p = probs[view.draft_vocab != nullptr ? view.draft_vocab[i] : i];
-      p = fmaxf(p - q[i], 0.0f);
+    }
+    __syncthreads();  // all threads have read p[token]
+    for (int64_t i = threadIdx.x; i < params.draft_vocab_size; i += kThreads) {
+      float& p_i = p[params.draft_vocab != nullptr ? params.draft_vocab[i] : i];
+      p_i = residual(p_i, q[i]);
     }
     __syncthreads();
-    return {j, draw(probs, view.vocab, random(view, sequence, position, Draw::resample))};
+    return {j, sample(p, params.vocab, random(params, sequence, position, Stream::resample))};
   }
-  return {view.drafts,
-          draw(probs, view.vocab, random(view, sequence, length + view.width, Draw::sample))};
+  return {params.num_draft_tokens,
+          sample(p, params.vocab,
+                 random(params, sequence, length + params.rows_per_sequence, Stream::sample))};
 }
 
-// False where a logit wasn't finite.
-RECYCLE_DEVICE bool choose_tokens(const View& view, const HeadBests& bests, int sequence,
-                                  int length, Choice* choice) {
-  const int asked = view.asks_every_row ? view.width : 1;
-  const int first = sequence * asked;  // the sequence's rows of the head
-  if (view.sampled) {
-    for (int j = 0; j < asked; ++j)
-      if (view.arrays.base_finite[first + j] == 0) return false;
-    if (view.asks_every_row)
-      *choice = verify_sampled(view, sequence, length);
+// False if a logit of the sequence is nonfinite.
+RECYCLE_DEVICE bool choose(const SelectParams& params, int sequence, int length, Choice* choice) {
+  const int n_head_rows = params.head_reads_every_row ? params.rows_per_sequence : 1;
+  const int first = sequence * n_head_rows;
+  if (params.is_sampled) {
+    for (int j = 0; j < n_head_rows; ++j)
+      if (params.buffers.base_finite[first + j] == 0) return false;
+    if (params.head_reads_every_row)
+      *choice = verify_sampled(params, sequence, length);
     else
-      *choice = {view.last, draw(view.arrays.base_probs + first * view.vocab, view.vocab,
-                                 random(view, sequence, length + view.last + 1, Draw::sample))};
+      *choice = {params.last_row,
+                 sample(params.buffers.base_probs + first * params.vocab, params.vocab,
+                        random(params, sequence, length + params.last_row + 1, Stream::sample))};
     return true;
   }
-  int picks[kMaxDrafts + 1];
-  bool finite = true;
-  for (int j = 0; j < asked; ++j) {
-    picks[j] = pick(bests, first + j);
-    finite = finite && picks[j] >= 0;
+  int tokens[kMaxDraftTokens + 1];
+  bool is_finite = true;
+  for (int j = 0; j < n_head_rows; ++j) {
+    tokens[j] = argmax(params.partial, first + j);
+    is_finite = is_finite && tokens[j] >= 0;
   }
-  if (view.asks_every_row)
-    *choice = verify_greedily(view.pending + sequence * view.width, view.drafts,
-                              [&](int64_t j) { return picks[j]; });
+  if (params.head_reads_every_row)
+    *choice = verify_greedy(params.pending + sequence * params.rows_per_sequence,
+                            params.num_draft_tokens, [&](int64_t j) { return tokens[j]; });
   else
-    *choice = {view.last, picks[0]};
-  return finite;
+    *choice = {params.last_row, tokens[0]};
+  return is_finite;
 }
 
-// A block a sequence.
-__global__ void __launch_bounds__(kBlockThreads) choose_kernel(View view, HeadBests bests) {
-  let_next_start();
-  wait_for_previous();
+// Writes the new state of a sequence, once the whole step is known to have succeeded. One thread calls.
+RECYCLE_DEVICE void commit(const SelectParams& params, int sequence) {
+  const int64_t count = params.counts[sequence];
+  const int first_row = sequence * params.rows_per_sequence;
+  for (int j = 0; j < params.rows_per_sequence; ++j) {
+    if (count > 0)
+      params.pending[first_row + j] = params.buffers.new_pending[first_row + j];
+    else
+      params.tokens[first_row + j] = -1;
+  }
+  if (count <= 0) return;
+  params.lengths[sequence] += count;
+  if (params.num_draft_tokens > 0) params.module_lengths[sequence] += count;
+}
+
+// One block a sequence.
+__global__ void __launch_bounds__(kThreads, 1) select_tokens_kernel(SelectParams params) {
+  launch_dependents();
+  grid_dependency_wait();
   const int sequence = blockIdx.x;
-  const SequenceArrays& arrays = view.arrays;
-  const int64_t* pending = view.pending + sequence * view.width;
-  const int first_row = sequence * view.width;
-  const int length = arrays.positions[first_row];
-  const int read = view.drafts > 0 ? static_cast<int>(view.module_lengths[sequence]) : 0;
-  bool in_use = length >= 0;
+  const SelectBuffers& buffers = params.buffers;
+  const int first_row = sequence * params.rows_per_sequence;
+  const int64_t* pending = params.pending + first_row;
+  int64_t* tokens = params.tokens + first_row;
+  const int length = buffers.positions[first_row];
+  const int module_length =
+      params.num_draft_tokens > 0 ? static_cast<int>(params.module_lengths[sequence]) : 0;
   Choice choice = {0, 0};
-  if (in_use) in_use = choose_tokens(view, bests, sequence, length, &choice);
-  const int64_t* confirmed = view.tokens + first_row;  // the tokens after each confirmed row
-  __syncthreads();
+  const bool is_used = length >= 0 && choose(params, sequence, length, &choice);
+  const auto is_confirmed = [&](int j) { return is_used && j <= choice.accepted; };
+  __syncthreads();  // all threads have read `positions`
   if (threadIdx.x == 0) {
-    if (in_use) {
-      int64_t* tokens = view.tokens + first_row;
+    if (is_used) {
       for (int j = 0; j < choice.accepted; ++j) tokens[j] = pending[j + 1];
       tokens[choice.accepted] = choice.token;
-      arrays.new_pending[first_row] = choice.token;
-      arrays.grown[sequence] = choice.accepted + 1;
+      buffers.new_pending[first_row] = choice.token;
+      params.counts[sequence] = choice.accepted + 1;
     } else if (length >= 0) {
-      arrays.grown[sequence] = kNonFinite;
+      params.counts[sequence] = kNonFinite;
     }
-    for (int j = 0; j < view.width; ++j)
-      arrays.positions[first_row + j] = in_use && j <= choice.accepted ? read + j : -1;
-    if (view.drafts > 0)
-      arrays.draft_rows[sequence] = first_row + (in_use ? static_cast<int>(choice.accepted) : 0);
+    for (int j = 0; j < params.rows_per_sequence; ++j)
+      buffers.positions[first_row + j] = is_confirmed(j) ? module_length + j : -1;
+    if (params.num_draft_tokens > 0)
+      buffers.draft_rows[sequence] = first_row + (is_used ? static_cast<int>(choice.accepted) : 0);
     else
-      commit(view, sequence);
+      commit(params, sequence);
   }
-  if (view.drafts == 0) return;
+  if (params.num_draft_tokens == 0) return;
   __syncthreads();
-  for (int j = 0; j < view.width; ++j) {
-    float* pair = arrays.pair + (first_row + j) * 2 * view.hidden;
-    if (in_use && j <= choice.accepted) {
-      module_input(view, confirmed[j], read + j, arrays.x + (first_row + j) * view.hidden,
-                   view.final_norm, pair);
-    } else {
-      for (int64_t i = threadIdx.x; i < 2 * view.hidden; i += kBlockThreads) pair[i] = 0;
-    }
+  for (int j = 0; j < params.rows_per_sequence; ++j) {
+    float* input = buffers.module_input + (first_row + j) * 2 * params.hidden;
+    if (is_confirmed(j))
+      write_module_input(params, tokens[j], module_length + j,
+                         buffers.x + (first_row + j) * params.hidden, params.final_norm, input);
+    else
+      clear_module_input(params, input);
   }
 }
 
-// A block a sequence.
-__global__ void __launch_bounds__(kBlockThreads)
-    draft_kernel(View view, HeadBests bests, int draft) {
-  let_next_start();
-  wait_for_previous();
+// The module's draft token, as a row of its head; -1 if a logit is nonfinite. length: of the base model's text, whose
+// positions count for random numbers.
+RECYCLE_DEVICE int64_t draft_token(const SelectParams& params, int sequence, int64_t length) {
+  if (!params.is_sampled) return argmax(params.partial, sequence);
+  if (params.buffers.module_finite[sequence] == 0) return -1;
+  const int64_t n = params.draft_vocab_size;
+  const float* probs = params.buffers.module_probs + sequence * n;
+  if (params.draft_probs != nullptr) {
+    float* out =
+        params.draft_probs + (int64_t{sequence} * params.num_draft_tokens + params.draft) * n;
+    for (int64_t i = threadIdx.x; i < n; i += kThreads) out[i] = probs[i];
+  }
+  return sample(probs, n, random(params, sequence, length, Stream::draft));
+}
+
+// One block a sequence.
+__global__ void __launch_bounds__(kThreads, 1) select_draft_kernel(SelectParams params) {
+  launch_dependents();
+  grid_dependency_wait();
   const int sequence = blockIdx.x;
-  const SequenceArrays& arrays = view.arrays;
-  const bool is_last = draft + 1 == view.drafts;
-  // Of the row that the draft came from; after the first pass rows are the sequences'.
-  const int from = arrays.draft_rows[sequence];
-  const int position = draft == 0 ? arrays.positions[from] : arrays.draft_positions[sequence];
-  // Draws go by the text's positions, which are the base's.
-  const int64_t skipped = view.lengths[sequence] - view.module_lengths[sequence];
-  bool in_use = arrays.grown[sequence] > 0;
+  const SelectBuffers& buffers = params.buffers;
+  const bool is_last = params.draft + 1 == params.num_draft_tokens;
+  // The module's row that the head read. After the first pass a sequence has one row.
+  const int row = buffers.draft_rows[sequence];
+  const int position =
+      params.draft == 0 ? buffers.positions[row] : buffers.draft_positions[sequence];
+  // Positions that the base model has read and the module has not.
+  const int64_t skipped = params.lengths[sequence] - params.module_lengths[sequence];
+  bool is_used = params.counts[sequence] > 0;
   int64_t token = 0;
-  if (in_use) {
-    int64_t picked = -1;
-    if (!view.sampled) {
-      picked = pick(bests, sequence);
-    } else if (arrays.module_finite[sequence] != 0) {
-      const float* probs = arrays.module_probs + sequence * view.n_draft_vocab;
-      picked = draw(probs, view.n_draft_vocab,
-                    random(view, sequence, position + skipped + 2, Draw::draft));
-      if (view.draft_probs != nullptr) {
-        float* kept =
-            view.draft_probs + (int64_t{sequence} * view.drafts + draft) * view.n_draft_vocab;
-        for (int64_t i = threadIdx.x; i < view.n_draft_vocab; i += kBlockThreads)
-          kept[i] = probs[i];
-      }
-    }
-    in_use = picked >= 0;
-    if (in_use) token = view.draft_vocab != nullptr ? view.draft_vocab[picked] : picked;
+  if (is_used) {
+    const int64_t index = draft_token(params, sequence, position + skipped + 2);
+    is_used = index >= 0;
+    if (is_used) token = params.draft_vocab != nullptr ? params.draft_vocab[index] : index;
   }
   __syncthreads();
   if (!is_last) {
-    float* pair = arrays.pair + sequence * 2 * view.hidden;
-    if (in_use) {
-      module_input(view, token, position + 1, arrays.module_x + from * view.hidden, nullptr, pair);
-    } else {
-      for (int64_t i = threadIdx.x; i < 2 * view.hidden; i += kBlockThreads) pair[i] = 0;
-    }
+    float* input = buffers.module_input + sequence * 2 * params.hidden;
+    if (is_used)
+      write_module_input(params, token, position + 1, buffers.module_x + row * params.hidden,
+                         nullptr, input);
+    else
+      clear_module_input(params, input);
   }
   if (threadIdx.x != 0) return;
-  if (!in_use && arrays.grown[sequence] > 0) arrays.grown[sequence] = kNonFinite;
-  arrays.new_pending[sequence * view.width + draft + 1] = token;
-  if (is_last) return commit(view, sequence);
-  arrays.draft_positions[sequence] = in_use ? position + 1 : -1;
-  arrays.draft_rows[sequence] = sequence;
+  if (!is_used && params.counts[sequence] > 0) params.counts[sequence] = kNonFinite;
+  buffers.new_pending[sequence * params.rows_per_sequence + params.draft + 1] = token;
+  if (is_last) return commit(params, sequence);
+  buffers.draft_positions[sequence] = is_used ? position + 1 : -1;
+  buffers.draft_rows[sequence] = sequence;
 }
 
 }  // namespace
 
-void begin_step(Launcher& launcher, const SequenceCall& call) {
-  const View view = view_of(call);
-  launcher.run(begin_kernel, dim3(static_cast<unsigned>(call.state.batch * view.width)),
-               kBlockThreads, 0, view);
+SelectParams select_params(const DecodeState& state, int prefill_sequence,
+                           const SelectBuffers& buffers, int64_t* tokens, int64_t* counts) {
+  const Base& base = state.model->base;
+  const Module& module = state.model->module;
+  const bool drafts = state.num_draft_tokens > 0;
+  SelectParams params = {};
+  params.buffers = buffers;
+  params.pending = state.pending;
+  params.lengths = state.lengths;
+  params.module_lengths = state.module_lengths();
+  params.tokens = tokens;
+  params.counts = counts;
+  params.embedding = base.embedding;
+  params.final_norm = base.final_norm;
+  params.base_eps = base.stack.eps;
+  params.hidden = base.stack.hidden;
+  params.vocab = base.head.n;
+  params.capacity = state.base_cache.capacity;
+  if (drafts && state.module_cache.capacity < params.capacity)
+    params.capacity = state.module_cache.capacity;
+  params.batch = static_cast<int>(state.batch);
+  params.num_draft_tokens = static_cast<int>(state.num_draft_tokens);
+  params.rows_per_sequence = static_cast<int>(state.rows_per_sequence());
+  params.prefill_sequence = prefill_sequence;
+  params.last_row = prefill_sequence < 0 ? params.num_draft_tokens : 0;
+  params.head_reads_every_row = state.mode == Mode::verify && prefill_sequence < 0;
+  params.is_sampled = !state.sampling.greedy();
+  params.seeds = state.sampling.seeds;
+  params.draft_probs = state.draft_probs;
+  if (!drafts) return params;
+  params.embed_norm = module.embed_norm;
+  params.hidden_norm = module.hidden_norm;
+  params.draft_vocab = module.draft_vocab;
+  params.draft_vocab_size = module.head.n;
+  params.module_eps = module.stack.eps;
+  params.zero_first_embedding = module.zero_first_embedding;
+  return params;
 }
 
-void choose(Launcher& launcher, const SequenceCall& call, const HeadBests& bests) {
-  launcher.run(choose_kernel, dim3(static_cast<unsigned>(call.state.batch)), kBlockThreads,
-               kDrawBytes, view_of(call), bests);
+void begin_step(Launcher& launcher, const SelectParams& params) {
+  launcher.run(begin_kernel, dim3(params.batch * params.rows_per_sequence), kThreads, 0, params);
 }
 
-void take_draft(Launcher& launcher, const SequenceCall& call, const HeadBests& bests, int draft) {
-  launcher.run(draft_kernel, dim3(static_cast<unsigned>(call.state.batch)), kBlockThreads,
-               kDrawBytes, view_of(call), bests, draft);
+void select_tokens(Launcher& launcher, SelectParams params, const PartialArgmax& partial) {
+  params.partial = partial;
+  launcher.run(select_tokens_kernel, dim3(params.batch), kThreads, kSampleSharedBytes, params);
+}
+
+void select_draft(Launcher& launcher, SelectParams params, const PartialArgmax& partial,
+                  int draft) {
+  params.partial = partial;
+  params.draft = draft;
+  launcher.run(select_draft_kernel, dim3(params.batch), kThreads, kSampleSharedBytes, params);
 }
 
 }  // namespace recycle::cuda

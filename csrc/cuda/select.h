@@ -1,50 +1,70 @@
-// What happens between the passes of a decode step, a sequence a block: which rows run, what counts, what the
-// module sees. The step has one shape whatever was accepted: rows that are not in use have position -1.
+// The kernels between the passes of a decode step: which rows run, which draft tokens count, what the module reads.
+// The shape of a step is the same whatever is accepted: unused rows have position -1.
 #pragma once
 
 #include "kernels.h"
 
 namespace recycle::cuda {
 
-// Reported in counts, for a sequence whose state is then as it was.
+// In `counts`, for a sequence that failed: its state is as before the step.
 inline constexpr int64_t kNonFinite = -1;  // a logit was NaN or infinite
-inline constexpr int64_t kNoRoom = -2;     // a length of it or a pending token is out of range
+inline constexpr int64_t kNoRoom = -2;     // one of its lengths or pending tokens is out of range
 
-struct SequenceArrays {
-  float* x;              // [rows, hidden] the base's residual stream
-  float* module_x;       // [rows, hidden] the module's
-  float* pair;           // [rows, 2 hidden] the module's inputs
-  int* positions;        // [rows] of the base's rows; then the module's own, of those it sees
-  int* head_rows;        // [rows] rows of x that the base's head sees, in order
-  int* draft_rows;       // [batch] rows of module_x that its head sees
-  int* draft_positions;  // [batch] of the module's rows after its first pass
-  int64_t* new_pending;  // [batch, width] until the step is known to succeed
-  int64_t* grown;        // [batch] tokens by which a sequence grows; kNonFinite, kNoRoom; 0: idle
-  unsigned* arrived;     // attention's counters
-  int n_arrived;
-  // Sampled only: distributions in the place of logits, and whether all logits of their rows were finite.
-  float* base_probs;    // [rows of the base's head, vocabulary]
-  int* base_finite;     // [rows]
+// Scratch of a step. rows: batch * rows_per_sequence.
+struct SelectBuffers {
+  float* x;               // [rows, hidden] the base model's residual stream
+  float* module_x;        // [rows, hidden] the module's residual stream
+  float* module_input;    // [rows, 2 hidden] embedding of the next token, hidden state
+  int* positions;         // [rows] of the base model's rows; then of the module's first pass
+  int* head_rows;         // [rows] rows of x that the base model's head reads
+  int* draft_rows;        // [batch] rows of module_x that the module's head reads
+  int* draft_positions;   // [batch] of the module's rows after its first pass
+  int64_t* new_pending;   // [rows] pending tokens, until the step is known to succeed
+  unsigned* blocks_done;  // [n_counters] of attention
+  int n_counters;
+  // Sampled steps only. probs hold logits first. finite: 0 for a row with a nonfinite logit.
+  float* base_probs;    // [rows of the base model's head, vocabulary]
+  int* base_finite;     // [rows of the base model's head]
   float* module_probs;  // [batch, draft vocabulary]
   int* module_finite;   // [batch]
 };
 
-struct SequenceCall {
-  const Model* model = nullptr;  // the host's; kernels get what they need of it
-  DecodeState state;
-  int64_t capacity = 0;
-  int first_of =
-      -1;  // the sequence whose prompt ends with this step, see finish_prefill() in step.h; -1: none
-  SequenceArrays arrays;
-  int64_t* tokens = nullptr;  // [batch, width] the op's results
-  int64_t* counts = nullptr;  // [batch]
+// Parameters of all kernels of select.cu.
+struct SelectParams {
+  SelectBuffers buffers;
+  int64_t *pending, *lengths, *module_lengths;  // DecodeState's
+  int64_t* tokens;                              // [batch, rows_per_sequence] the op's results
+  int64_t* counts;                              // [batch] the op's results
+  Matrix embedding;
+  const float* final_norm;
+  float base_eps;
+  int64_t hidden, vocab, capacity;
+  int batch, num_draft_tokens, rows_per_sequence;
+  int prefill_sequence;       // the sequence whose prefill ends, see finish_prefill(); -1: none
+  int last_row;               // the last used row of a sequence in the base model's pass
+  bool head_reads_every_row;  // else only the last row of each sequence
+  bool is_sampled;
+  const int64_t* seeds;
+  // The module's; unset without draft tokens.
+  const float *embed_norm, *hidden_norm;
+  const int64_t* draft_vocab;
+  int64_t draft_vocab_size;
+  float* draft_probs;  // [batch, num_draft_tokens, draft vocabulary]; sampled verify mode only
+  float module_eps;
+  bool zero_first_embedding;
+  // Of one launch.
+  PartialArgmax partial;
+  int draft;
 };
 
+SelectParams select_params(const DecodeState& state, int prefill_sequence,
+                           const SelectBuffers& buffers, int64_t* tokens, int64_t* counts);
+
 // Positions, embeddings of the pending tokens, counters.
-void begin_step(Launcher& launcher, const SequenceCall& call);
-// From the base head's bests, or its distributions, to what each sequence grows by, and the module's inputs.
-void choose(Launcher& launcher, const SequenceCall& call, const HeadBests& bests);
-// From the module head's to draft `draft` + 1, and the inputs of the module's next pass, or the new state.
-void take_draft(Launcher& launcher, const SequenceCall& call, const HeadBests& bests, int draft);
+void begin_step(Launcher& launcher, const SelectParams& params);
+// From the base head's partial argmax or probabilities: tokens, counts, and the inputs of the module's first pass.
+void select_tokens(Launcher& launcher, SelectParams params, const PartialArgmax& partial);
+// From the module head's: draft token `draft` (from 0), and the inputs of the module's next pass, or the new state.
+void select_draft(Launcher& launcher, SelectParams params, const PartialArgmax& partial, int draft);
 
 }  // namespace recycle::cuda

@@ -1,11 +1,12 @@
-// The decode step as a row of kernels: csrc/cpu/decode_step.cpp says what it computes. A layer is five of them (q, k
-// and v; attention; output; gate and up; down), and between the passes stands one for the choice or a draft.
+// decode_step as a sequence of kernels; csrc/cpu/decode_step.cpp says what a step computes. A layer is five kernels
+// (qkv, attention, linear, gate_up, linear); between the passes is one kernel for the choice or a draft token.
 //
-// Bounded by reading the weights; what is lost is where one kernel ends and the next one fills the GPU again. On
-// Hopper the next one starts early and asks for its weights meanwhile (intrinsics.cuh). 24 layers are 120 kernels.
-#include "step.h"
+// Bounded by reading the weights. Time is lost where one kernel ends and the next one fills the GPU again: 24 layers
+// are 120 kernels. On Hopper the next kernel starts early and prefetches its weights meanwhile (intrinsics.cuh).
+#include "ops.h"
 
-#include "recycle/arena.h"
+#include <algorithm>
+
 #include "sampling.h"
 #include "select.h"
 
@@ -13,181 +14,152 @@ namespace recycle::cuda {
 
 namespace {
 
-struct Work {
-  SequenceArrays sequences = {};
-  AttentionArrays attention;
+// Counters of attention: one for each key/value head of a sequence and tile of queries.
+int64_t n_counters(const Stack& stack, int64_t batch, int64_t rows_per_sequence) {
+  return batch * stack.n_kv_heads *
+         query_tiles(rows_per_sequence, stack.n_heads / stack.n_kv_heads);
+}
+
+// The base model and the module share buffers.
+struct Scratch {
+  SelectBuffers select = {};
+  float *q, *k, *v;  // as in AttentionBuffers
+  AttentionBuffers attention = {};
   float* activation;  // [rows, intermediate]
-  HeadBests base_bests, module_bests;
+  PartialArgmax base_partial, module_partial;
 
-  void take(Arena& arena, const Model& model, int64_t batch, int64_t drafts, bool greedy,
-            const Launcher& launcher) {
-    const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
-    const Stack& a = model.base.stack;
-    const Stack& b = model.has_module ? model.module.stack : a;
-    const int64_t width = drafts + 1;
-    const int64_t rows = batch * width;
-    const int64_t q = larger(a.q_size(), b.q_size());
-    const int64_t kv = larger(a.kv_size(), b.kv_size());
-    const int64_t heads = larger(a.n_heads, b.n_heads);
-    sequences.x = arena.take<float>(rows * a.hidden);
-    sequences.module_x = arena.take<float>(drafts > 0 ? rows * a.hidden : 0);
-    sequences.pair = arena.take<float>(drafts > 0 ? rows * 2 * a.hidden : 0);
-    sequences.positions = arena.take<int>(rows);
-    sequences.head_rows = arena.take<int>(rows);
-    sequences.draft_rows = arena.take<int>(batch);
-    sequences.draft_positions = arena.take<int>(batch);
-    sequences.new_pending = arena.take<int64_t>(rows);
-    sequences.grown = arena.take<int64_t>(batch);
-    sequences.n_arrived =
-        static_cast<int>(larger(counters(a, batch, width), counters(b, batch, width)));
-    sequences.arrived = arena.take<unsigned>(sequences.n_arrived);
-    attention.q = arena.take<float>(rows * q);
-    attention.k = arena.take<float>(rows * kv);
-    attention.v = arena.take<float>(rows * kv);
-    attention.out = arena.take<float>(rows * q);
-    attention.weighted = arena.take<float>(kSplits * rows * q);
-    attention.total = arena.take<float>(kSplits * rows * heads);
-    attention.maximum = arena.take<float>(kSplits * rows * heads);
-    attention.arrived = sequences.arrived;
-    activation = arena.take<float>(rows * larger(a.intermediate, b.intermediate));
-    take_bests(arena, model.base.head, rows, launcher, base_bests);
-    if (drafts > 0) take_bests(arena, model.module.head, batch, launcher, module_bests);
+  void take(Arena& arena, const Model& model, int64_t batch, int64_t num_draft_tokens, bool greedy,
+            const Device& device) {
+    const Stack& base = model.base.stack;
+    const Stack& drafter = model.has_module ? model.module.stack : base;
+    const bool drafts = num_draft_tokens > 0;
+    const int64_t rows_per_sequence = num_draft_tokens + 1;
+    const int64_t rows = batch * rows_per_sequence;
+    const int64_t q_size = std::max(base.q_size(), drafter.q_size());
+    const int64_t kv_size = std::max(base.kv_size(), drafter.kv_size());
+    select.x = arena.take<float>(rows * base.hidden);
+    select.module_x = arena.take<float>(drafts ? rows * base.hidden : 0);
+    select.module_input = arena.take<float>(drafts ? rows * 2 * base.hidden : 0);
+    select.positions = arena.take<int>(rows);
+    select.head_rows = arena.take<int>(rows);
+    select.draft_rows = arena.take<int>(batch);
+    select.draft_positions = arena.take<int>(batch);
+    select.new_pending = arena.take<int64_t>(rows);
+    select.n_counters = static_cast<int>(std::max(n_counters(base, batch, rows_per_sequence),
+                                                  n_counters(drafter, batch, rows_per_sequence)));
+    attention.take_splits(arena, rows, q_size, std::max(base.n_heads, drafter.n_heads),
+                          select.n_counters);
+    select.blocks_done = attention.blocks_done;
+    attention.q = q = arena.take<float>(rows * q_size);
+    attention.k = k = arena.take<float>(rows * kv_size);
+    attention.v = v = arena.take<float>(rows * kv_size);
+    attention.out = arena.take<float>(rows * q_size);
+    activation = arena.take<float>(rows * std::max(base.intermediate, drafter.intermediate));
+    base_partial.take(arena, device, rows, model.base.head);
+    if (drafts) module_partial.take(arena, device, batch, model.module.head);
     if (greedy) return;
-    sequences.base_probs = arena.take<float>(rows * model.base.head.n);
-    sequences.base_finite = arena.take<int>(rows);
-    sequences.module_probs = arena.take<float>(drafts > 0 ? batch * model.module.head.n : 0);
-    sequences.module_finite = arena.take<int>(batch);
-  }
-
- private:
-  static int64_t counters(const Stack& stack, int64_t batch, int64_t width) {
-    return batch * stack.n_kv_heads * query_tiles(width, stack.n_heads / stack.n_kv_heads);
-  }
-  static void take_bests(Arena& arena, const Matrix& head, int64_t rows, const Launcher& launcher,
-                         HeadBests& bests) {
-    bests.blocks = launcher.blocks(n_panels(head.n));
-    bests.value = arena.take<float>(rows * bests.blocks);
-    bests.id = arena.take<int>(rows * bests.blocks);
+    select.base_probs = arena.take<float>(rows * model.base.head.n);
+    select.base_finite = arena.take<int>(rows);
+    select.module_probs = arena.take<float>(drafts ? batch * model.module.head.n : 0);
+    select.module_finite = arena.take<int>(batch);
   }
 };
 
 class Step {
  public:
-  Step(const DecodeState& state, const Work& work, Launcher& launcher)
-      : state_(state), model_(*state.model), work_(work), launcher_(launcher) {}
+  Step(const DecodeState& state, const Device& device, void* stream)
+      : state_(state), launcher_(device, stream) {
+    Arena arena(state.scratch);
+    scratch_.take(arena, *state.model, state.batch, state.num_draft_tokens, state.sampling.greedy(),
+                  device);
+  }
 
-  // first_of: -1, or the sequence whose prefill ends.
-  void decode(int64_t* tokens, int64_t* counts, int first_of) {
-    const int batch = static_cast<int>(state_.batch);
-    const int width = static_cast<int>(state_.drafts) + 1;
-    SequenceCall call;
-    call.model = &model_;
-    call.state = state_;
-    call.capacity = state_.base_cache.capacity;
-    if (state_.drafts > 0 && state_.module_cache.capacity < call.capacity)
-      call.capacity = state_.module_cache.capacity;
-    call.first_of = first_of;
-    call.arrays = work_.sequences;
-    call.tokens = tokens;
-    call.counts = counts;
+  // prefill_sequence: the sequence whose prefill ends; -1: none. False if CUDA refused a launch.
+  bool run(int prefill_sequence, int64_t* tokens, int64_t* counts) {
+    const SelectBuffers& buffers = scratch_.select;
+    const Base& base = state_.model->base;
+    const Module& drafter = state_.model->module;
+    const SelectParams select = select_params(state_, prefill_sequence, buffers, tokens, counts);
+    begin_step(launcher_, select);
+    const RowMap rows{select.batch, select.rows_per_sequence, buffers.positions};
+    run_layers(base.stack, state_.base_cache, rows, buffers.x);
+    const int n_head_rows = select.head_reads_every_row ? rows.n_rows() : rows.batch;
+    run_head(base.head,
+             {buffers.x, buffers.head_rows, n_head_rows, base.final_norm, base.stack.eps},
+             scratch_.base_partial, buffers.base_probs, buffers.base_finite);
+    select_tokens(launcher_, select, scratch_.base_partial);
 
-    begin_step(launcher_, call);
-    const RowMap rows{batch, width, work_.sequences.positions};
-    layers(model_.base.stack, state_.base_cache, rows, work_.sequences.x);
-    const bool asks_every_row = state_.mode == Mode::verify && first_of < 0;
-    run_head(model_.base.head,
-             {work_.sequences.x, work_.sequences.head_rows, asks_every_row ? rows.n() : batch,
-              model_.base.final_norm, model_.base.stack.eps},
-             work_.base_bests, work_.sequences.base_probs, work_.sequences.base_finite);
-    choose(launcher_, call, work_.base_bests);
-
-    const Module& drafter = model_.module;
-    for (int draft = 0; draft < state_.drafts; ++draft) {
-      const RowMap seen = draft == 0 ? rows : RowMap{batch, 1, work_.sequences.draft_positions};
-      project(launcher_, drafter.input_proj, drafter.input_bias,
-              {work_.sequences.pair, nullptr, seen.n()}, false, work_.sequences.module_x);
-      layers(drafter.stack, state_.module_cache, seen, work_.sequences.module_x);
+    for (int draft = 0; draft < select.num_draft_tokens; ++draft) {
+      const RowMap pass = draft == 0 ? rows : RowMap{rows.batch, 1, buffers.draft_positions};
+      linear(launcher_, drafter.input_proj, drafter.input_bias,
+             {buffers.module_input, nullptr, pass.n_rows()}, false, buffers.module_x);
+      run_layers(drafter.stack, state_.module_cache, pass, buffers.module_x);
       run_head(drafter.head,
-               {work_.sequences.module_x, work_.sequences.draft_rows, batch, drafter.output_norm,
+               {buffers.module_x, buffers.draft_rows, rows.batch, drafter.output_norm,
                 drafter.stack.eps},
-               work_.module_bests, work_.sequences.module_probs, work_.sequences.module_finite);
-      take_draft(launcher_, call, work_.module_bests, draft);
+               scratch_.module_partial, buffers.module_probs, buffers.module_finite);
+      select_draft(launcher_, select, scratch_.module_partial, draft);
     }
+    return launcher_.ok();
   }
 
  private:
-  // probs, finite: null when greedy
-  void run_head(const Matrix& head, const Input& x, const HeadBests& bests, float* probs,
+  // probs, finite: null in a greedy step.
+  void run_head(const Matrix& head, const GemvInput& x, const PartialArgmax& partial, float* probs,
                 int* finite) {
-    scan_head(launcher_, head, x, probs, bests);
+    lm_head(launcher_, head, x, probs, partial);
     if (!state_.sampling.greedy())
-      to_distributions(launcher_, state_.sampling, x.rows, head.n, probs, finite);
+      logits_to_probs(launcher_, state_.sampling, x.n_rows, head.n, probs, finite);
   }
 
-  void layers(const Stack& stack, const KvCache& cache, const RowMap& rows, float* x) {
-    for (int64_t index = 0; index < stack.n_layers; ++index) {
-      const Layer layer = stack.layer(index);
-      const auto normed = [&](const float* norm) {
-        return Input{x, nullptr, rows.n(), norm, stack.eps};
-      };
-      project_qkv(launcher_, stack, layer, normed(layer.input_norm), work_.attention);
-      AttentionCall call;
-      call.rows = rows;
-      call.n_heads = static_cast<int>(stack.n_heads);
-      call.n_kv_heads = static_cast<int>(stack.n_kv_heads);
-      call.head_dim = static_cast<int>(stack.head_dim);
-      call.inv_freq = stack.inv_freq;
-      call.q_norm = layer.q_norm;
-      call.k_norm = layer.k_norm;
-      call.eps = stack.eps;
-      call.cache = cache;
-      call.layer = index;
-      call.arrays = work_.attention;
-      attend(launcher_, call);
-      project(launcher_, layer.o, nullptr, {work_.attention.out, nullptr, rows.n()}, true, x);
-      gate_up(launcher_, stack, layer, normed(layer.post_norm), work_.activation);
-      project(launcher_, layer.down, nullptr, {work_.activation, nullptr, rows.n()}, true, x);
+  void run_layers(const Stack& stack, const KvCache& cache, const RowMap& rows, float* x) {
+    AttentionKernelParams params;
+    params.rows = rows;
+    params.n_heads = static_cast<int>(stack.n_heads);
+    params.n_kv_heads = static_cast<int>(stack.n_kv_heads);
+    params.head_dim = static_cast<int>(stack.head_dim);
+    params.inv_freq = stack.inv_freq;
+    params.eps = stack.eps;
+    params.cache = cache;
+    params.buffers = scratch_.attention;
+    for (const Layer& layer : stack.layers) {
+      qkv(launcher_, stack, layer, {x, nullptr, rows.n_rows(), layer.input_norm, stack.eps},
+          scratch_.q, scratch_.k, scratch_.v);
+      params.q_norm = layer.q_norm;
+      params.k_norm = layer.k_norm;
+      attention(launcher_, params);
+      ++params.layer;
+      linear(launcher_, layer.o, nullptr, {params.buffers.out, nullptr, rows.n_rows()}, true, x);
+      gate_up(launcher_, stack, layer, {x, nullptr, rows.n_rows(), layer.post_norm, stack.eps},
+              scratch_.activation);
+      linear(launcher_, layer.down, nullptr, {scratch_.activation, nullptr, rows.n_rows()}, true,
+             x);
     }
   }
 
   const DecodeState& state_;
-  const Model& model_;
-  const Work& work_;
-  Launcher& launcher_;
+  Launcher launcher_;
+  Scratch scratch_;
 };
 
 }  // namespace
 
-int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t drafts, bool greedy,
-                             const Device& device) {
+int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t num_draft_tokens,
+                             bool greedy, const Device& device) {
   Arena arena(nullptr);
-  Work work;
-  work.take(arena, model, batch, drafts, greedy, Launcher(device, nullptr));
+  Scratch scratch;
+  scratch.take(arena, model, batch, num_draft_tokens, greedy, device);
   return arena.used();
 }
 
-namespace {
-
-bool run(const DecodeState& state, int first_of, int64_t* tokens, int64_t* counts,
-         const Device& device, void* stream) {
-  Launcher launcher(device, stream);
-  Arena arena(state.scratch);
-  Work work;
-  work.take(arena, *state.model, state.batch, state.drafts, state.sampling.greedy(), launcher);
-  Step(state, work, launcher).decode(tokens, counts, first_of);
-  return launcher.ok;
-}
-
-}  // namespace
-
 bool decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts, const Device& device,
                  void* stream) {
-  return run(state, -1, tokens, counts, device, stream);
+  return Step(state, device, stream).run(-1, tokens, counts);
 }
 
 bool finish_prefill(const DecodeState& state, int64_t sequence, int64_t* tokens, int64_t* counts,
                     const Device& device, void* stream) {
-  return run(state, static_cast<int>(sequence), tokens, counts, device, stream);
+  return Step(state, device, stream).run(static_cast<int>(sequence), tokens, counts);
 }
 
 }  // namespace recycle::cuda

@@ -1,9 +1,9 @@
-// Runs kernels on the CPU, one block after the other: every thread of a block is a fiber, which runs until it
-// comes to a barrier or exchanges a value with its warp. For tests where there is no GPU: what they find is
-// wrong indices, barriers and sums; they can't find races, nor say anything about speed.
+// Runs CUDA kernels on the CPU, one block after the other, for tests without a GPU. Each thread of a block is a
+// fiber, which runs until a barrier or an exchange of values in its warp. The tests find wrong indices, barriers and
+// sums; they can't find races, and say nothing about speed.
 //
-// It is strict where a GPU is lenient: shared memory is full of NaN at first, blocks run in a shuffled order,
-// and a barrier that some threads never come to ends the process.
+// The emulation is stricter than a GPU: shared memory is full of NaN at first, blocks run in a shuffled order, and a
+// barrier that some threads never reach ends the process.
 #pragma once
 
 #include <setjmp.h>
@@ -44,8 +44,6 @@ struct alignas(16) float4 {
 };
 
 namespace recycle::cuda {
-
-using Stream = void*;
 
 class Emulator {
  public:
@@ -92,6 +90,7 @@ class Emulator {
     ucontext_t first;
     jmp_buf at;
     bool started = false, done = false;
+    int turns;  // of waiting at a barrier; not a local variable, which _longjmp may reset
     std::vector<std::byte> stack;
   };
   struct Warp {
@@ -120,7 +119,7 @@ class Emulator {
     if (_setjmp(home_) == 0) resume();
   }
 
-  // _longjmp, because swapcontext asks the system each time.
+  // _longjmp, because swapcontext makes a system call each time.
   void resume() {
     Fiber& fiber = fibers_[current_];
     if (fiber.started) _longjmp(fiber.at, 1);
@@ -132,7 +131,7 @@ class Emulator {
     Emulator& emulator = get();
     (*emulator.kernel_)();
     emulator.fibers_[emulator.current_].done = true;
-    // Who has returned isn't waited for.
+    // A barrier doesn't wait for threads that have returned.
     if (--emulator.alive_ == 0) _longjmp(emulator.home_, 1);
     if (emulator.block_arrived_ >= emulator.alive_) {
       emulator.block_arrived_ = 0;
@@ -154,9 +153,9 @@ class Emulator {
       ++phase;
       return;
     }
-    for (volatile int turns = 0; phase == mine; turns = turns + 1) {
-      if (turns > 1000000) {
-        std::fprintf(stderr, "a barrier that not all threads of a block or warp come to\n");
+    for (fibers_[current_].turns = 0; phase == mine; ++fibers_[current_].turns) {
+      if (fibers_[current_].turns > 1000000) {
+        std::fprintf(stderr, "a barrier that some threads of a block or warp never reach\n");
         std::abort();
       }
       const int self = current_;
@@ -204,15 +203,15 @@ inline uint2 load_weights_8(const std::byte* from) {
 inline float from_half(uint16_t half) {
   return half_to_float(half);
 }
-inline void let_next_start() {}
-inline void wait_for_previous() {}
+inline void launch_dependents() {}
+inline void grid_dependency_wait() {}
 inline void prefetch(const std::byte*, int64_t) {}
 inline void prefetch_line(const void*) {}
 
-template <class... Parameters, class... Arguments>
-bool launch(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, int64_t,
-            Stream, bool, const Arguments&... arguments) {
-  Emulator::get().run(grid, threads, shared_bytes, [&] { kernel(Parameters(arguments)...); });
+template <class Params>
+bool launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int64_t shared_bytes, int64_t,
+                   void*, bool, const std::type_identity_t<Params>& params) {
+  Emulator::get().run(grid, threads, shared_bytes, [&] { kernel(params); });
   return true;
 }
 

@@ -1,23 +1,24 @@
-// The CUDA backend as a plain shared library for test_cuda_emulated.py: all "GPU memory" is the process's own.
+// The C functions of the emulation library (library.py). All "GPU memory" is the memory of the process.
+#include "ops.h"
 #include "recycle/decode_step.h"
 #include "recycle/model.h"
-#include "step.h"
 
 namespace {
 
-// Enough for blocks to have several panels in turn, which the models of the tests else never need.
+// One multiprocessor: with more, no block would take several tiles, because the tests' models are small.
 constexpr recycle::cuda::Device kDevice = {1, true, 227 * 1024};
 
 }  // namespace
 
 extern "C" {
 
+// State of library.py: the same fields in the same order.
 struct EmulatedState {
   const int64_t* plan;
   int64_t plan_length;
   const std::byte* weights;
   int64_t weights_bytes;
-  int64_t batch, drafts, mode;
+  int64_t batch, num_draft_tokens, mode;
   int64_t cache_type;  // recycle::CacheType
   std::byte* base_cache;
   int64_t base_capacity;
@@ -31,18 +32,19 @@ struct EmulatedState {
   std::byte* scratch;
 };
 
+// -1: the plan is wrong.
 int64_t emulated_scratch_bytes(const EmulatedState* given) {
   recycle::Model model;
   if (recycle::read_plan(given->plan, given->plan_length, given->weights, given->weights_bytes,
                          &model) != nullptr)
     return -1;
-  return recycle::cuda::decode_scratch_bytes(model, given->batch, given->drafts,
+  return recycle::cuda::decode_scratch_bytes(model, given->batch, given->num_draft_tokens,
                                              given->temperature == 0, kDevice);
 }
 
-// first_of: -1, or the sequence whose prefill ends.
-const char* emulated_decode_step(const EmulatedState* given, int64_t first_of, int64_t* tokens,
-                                 int64_t* counts) {
+// prefill_sequence: the sequence whose prefill ends; -1: none. Returns null, or what is wrong.
+const char* emulated_decode_step(const EmulatedState* given, int64_t prefill_sequence,
+                                 int64_t* tokens, int64_t* counts) {
   recycle::Model model;
   const char* wrong = recycle::read_plan(given->plan, given->plan_length, given->weights,
                                          given->weights_bytes, &model);
@@ -55,21 +57,21 @@ const char* emulated_decode_step(const EmulatedState* given, int64_t first_of, i
   recycle::DecodeState state;
   state.model = &model;
   state.batch = given->batch;
-  state.drafts = given->drafts;
+  state.num_draft_tokens = given->num_draft_tokens;
   state.mode = static_cast<recycle::Mode>(given->mode);
   state.base_cache = cache(given->base_cache, given->base_capacity, model.base.stack);
-  if (given->drafts > 0)
+  if (given->num_draft_tokens > 0)
     state.module_cache = cache(given->module_cache, given->module_capacity, model.module.stack);
   state.pending = given->pending;
   state.lengths = given->lengths;
   state.draft_probs = given->draft_probs;
   state.sampling = {given->temperature, given->top_k, given->top_p, given->seeds};
   state.scratch = given->scratch;
-  const bool started =
-      first_of < 0
-          ? recycle::cuda::decode_step(state, tokens, counts, kDevice, nullptr)
-          : recycle::cuda::finish_prefill(state, first_of, tokens, counts, kDevice, nullptr);
-  return started ? nullptr : "refused";
+  const bool started = prefill_sequence < 0
+                           ? recycle::cuda::decode_step(state, tokens, counts, kDevice, nullptr)
+                           : recycle::cuda::finish_prefill(state, prefill_sequence, tokens, counts,
+                                                           kDevice, nullptr);
+  return started ? nullptr : "a kernel was not launched";
 }
 
 }  // extern "C"

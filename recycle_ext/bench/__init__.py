@@ -1,5 +1,6 @@
-"""python -m recycle_ext.bench: this engine's modes and widths, and other engines, measured side by side.
+"""python -m recycle_ext.bench: the modes and dtypes of this engine, and other engines, measured side by side.
 
-`contenders` says what is measured, `systems` and `peers` how, `worker` puts one contender in a process of its own,
-`race` takes the turns, `report` and `plot` show what came out.
+`runners` lists the runners, `systems` and `peers` measure one, `worker` runs one runner in its own process, `interleaved_runs`
+orders the runs, `report` and `plot` show the results, `page` makes docs/benchmarks.md of committed results.
+`gpu_report` is the counterpart for a GPU.
 """

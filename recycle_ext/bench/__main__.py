@@ -11,9 +11,10 @@ from pathlib import Path
 
 from recycle_ext import _C
 from recycle_ext.bench import gpu_report
-from recycle_ext.bench.contenders import PEERS, Request, check_context, jobs
-from recycle_ext.bench.plot import check_plot, plot
+from recycle_ext.bench.interleaved_runs import RunnerRecord, run_interleaved
+from recycle_ext.bench.plot import plot
 from recycle_ext.bench.report import heading, phase_tables, report, table
+from recycle_ext.bench.runners import PEERS, Request, check_context, jobs
 from recycle_ext.checkpoint.base_model import Checkpoint, open_checkpoint
 from recycle_ext.checkpoint.config import DTYPES
 from recycle_ext.checkpoint.module import default_module, open_module
@@ -22,58 +23,59 @@ from recycle_ext.decoding.decoder import AUTO, MODES
 from recycle_ext.decoding.kv_cache import CACHE_DTYPES
 from recycle_ext.errors import RecycleError
 from recycle_ext.generate.options import number_of_drafts
-from recycle_ext.measuring.interleave import Entry, race
+from recycle_ext.measuring.extras import require
+from recycle_ext.measuring.plots import check_plot
 
-WIDTHS = ("native", *DTYPES)
+_DTYPES = ("native", *DTYPES)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, described by --help."""
     parser = argparse.ArgumentParser(
         prog="python -m recycle_ext.bench",
-        description="Measures the modes and widths of a model, and other engines, taking turns in one run.",
+        description="Measures the modes and dtypes of a model, and other engines, in interleaved runs.",
     )
-    parser.add_argument(
-        "--model",
-        help=".gguf file, Hugging Face directory or hub id (default: SmolLM2-135M-Instruct)",
-    )
-    parser.add_argument(
-        "--module", help="directory of a module, or none (default: the one shipped for the model)"
-    )
+    _add_runner_options(parser)
+    _add_measurement_options(parser)
+    _add_output_options(parser)
+    return parser.parse_args(arguments)
+
+
+def _add_runner_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help=".gguf file, Hugging Face directory or hub id (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--module", help="directory of a module, or none (default: the one shipped for the model)")
     parser.add_argument(
         "--dtypes",
         default="bf16,q8,q4",
         metavar="LIST",
-        help=f"of {', '.join(WIDTHS)}; native: a GGUF's own (default: bf16,q8,q4)",
+        help=f"weights: of {', '.join(_DTYPES)}; native: a GGUF's own (default: bf16,q8,q4)",
     )
     parser.add_argument(
         "--module-dtype",
         choices=DTYPES,
-        help="the module's weights (default: f32 for a float32 model, else what it was trained for, or q8)",
+        help="the module's weights (default: f32 for a float32 model, else as the module was trained, else q8)",
     )
     parser.add_argument(
         "--cache-dtype",
         choices=CACHE_DTYPES,
-        help="our keys and values (default: f32 for a float32 model, else bf16)",
+        help="keys and values of recycle_ext (default: f32 for a float32 model, else bf16)",
     )
     parser.add_argument(
-        "--modes",
-        metavar="LIST",
-        help=f"of {', '.join(MODES)} (default: all that the model has a module for)",
+        "--modes", metavar="LIST", help=f"of {', '.join(MODES)} (default: all; only standard without a module)"
     )
     parser.add_argument(
         "--drafts",
         type=number_of_drafts,
         default=1,
         metavar="K",
-        help="tokens the module guesses a step (default: 1), or auto: in verify mode 0 to 4 as it pays",
+        help="draft tokens per step (default: 1), or auto: in verify mode 0 to 4, chosen by measured speed",
     )
-    parser.add_argument(
-        "--threads", metavar="LIST", help="(default: the cores this process may use)"
-    )
-    parser.add_argument(
-        "--batch", default="1", metavar="LIST", help="sequences decoded together (default: 1)"
-    )
+    parser.add_argument("--threads", metavar="LIST", help="of the kernels (default: the cores this process may use)")
+    parser.add_argument("--batch", default="1", metavar="LIST", help="sequences decoded together (default: 1)")
+    parser.add_argument("--peers", default="", metavar="LIST", help=f"other engines: {', '.join(PEERS)}")
+
+
+def _add_measurement_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context",
         type=int,
@@ -89,42 +91,34 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="N",
         help="length of the prompt whose prefill is timed (default: 512)",
     )
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="medians are shown (default: 5)")
     parser.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="medians are shown (default: 5)"
+        "--phases", action="store_true", help="also measure where the time of recycle_ext's decode steps goes"
     )
-    parser.add_argument(
-        "--peers", default="", metavar="LIST", help=f"other engines: {', '.join(PEERS)}"
-    )
-    parser.add_argument(
-        "--phases", action="store_true", help="also where the time of our decode steps goes"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write everything, raw repeats too")
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="write all figures, every repeat too")
     parser.add_argument("--plot", metavar="FILE.png", help="draw a bar chart (needs matplotlib)")
     parser.add_argument(
-        "--device",
-        default="cpu",
-        help="cpu (default), or cuda, with --report: models of known shapes on a GPU",
+        "--device", default="cpu", help="cpu (default), or cuda (needs --report): models of known shapes on a GPU"
     )
     parser.add_argument(
-        "--report",
-        metavar="DIR",
-        help="with --device cuda: tests, compute-sanitizer and figures, written to DIR",
+        "--report", metavar="DIR", help="with --device cuda: tests, compute-sanitizer and figures, written to DIR"
     )
-    return parser.parse_args(arguments)
 
 
 def check_request(options: argparse.Namespace) -> Request:
-    """The options as what they mean; refuses by name what cannot be."""
+    """The options, checked. Raises RecycleError that names the wrong option."""
     for name in ("context", "new_tokens", "prompt_tokens", "repeats"):
         if (value := getattr(options, name)) < 1:
             flag = "--" + name.replace("_", "-")
             raise RecycleError(f"{flag} is {value}; it must be at least 1")
     if options.drafts != AUTO and not 1 <= options.drafts <= _C.MAX_DRAFTS:
-        raise RecycleError(
-            f"--drafts is {options.drafts}; it must be 1 to {_C.MAX_DRAFTS}, or {AUTO}"
-        )
+        raise RecycleError(f"--drafts is {options.drafts}; it must be 1 to {_C.MAX_DRAFTS}, or {AUTO}")
+    require("tabulate", "python -m recycle_ext.bench")
     modes = list(MODES) if options.modes is None else names("--modes", options.modes, list(MODES))
-    dtypes = names("--dtypes", options.dtypes, WIDTHS)
+    dtypes = names("--dtypes", options.dtypes, _DTYPES)
     for flag, found in (("--modes", modes), ("--dtypes", dtypes)):
         if not found:
             raise RecycleError(f"{flag} is empty")
@@ -149,7 +143,7 @@ def check_request(options: argparse.Namespace) -> Request:
 
 
 def module_path(given: str | None, base: Checkpoint) -> Path | None:
-    """Directory of the module, opened once so that a wrong one is refused here and not by each worker."""
+    """Directory of the module, opened once so that this process refuses a wrong one before any worker starts."""
     if given == "none":
         return None
     path = default_module(base) if given is None else Path(given)
@@ -159,16 +153,17 @@ def module_path(given: str | None, base: Checkpoint) -> Path | None:
 
 
 def note(text: str) -> None:
-    """Tells the user what the table will not show."""
+    """Tells the user on standard error which rows the table will not have."""
     print(text, file=sys.stderr)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measures and prints; returns the exit status."""
     if options.report is not None:
+        require("tabulate", "--report")
         return gpu_report.run(options.device, options.report)
     if options.device != "cpu":
-        raise RecycleError(f"--device {options.device} needs --report DIR, where its figures go")
+        raise RecycleError(f"--device {options.device} needs --report DIR, the folder for the figures")
     request = check_request(options)
     checkpoint = open_checkpoint(options.model)
     module = module_path(options.module, checkpoint)
@@ -180,12 +175,13 @@ def run(options: argparse.Namespace) -> int:
     if module is None and options.modes is None:
         note("verify and alternate are left out: there is no module for this model")
     with tempfile.TemporaryDirectory(prefix="recycle_bench_") as scratch:
-        entries = [Entry(job) for job in jobs(request, checkpoint, module, Path(scratch), note)]
-        finished = race(entries, options.repeats, options.phases)
+        found = jobs(request, checkpoint, module, Path(scratch), note)
+        records = [RunnerRecord(job) for job in found]
+        finished = run_interleaved(records, options.repeats, options.phases)
     settings = {
-        "model": checkpoint.path,
+        "model": Path(checkpoint.path).name,
         "model_name": checkpoint.config.name,
-        "module": None if module is None else str(module),
+        "module": None if module is None else module.name,
         "context": request.context,
         "new_tokens": request.new_tokens,
         "prompt_tokens": request.prompt_tokens,
@@ -193,7 +189,7 @@ def run(options: argparse.Namespace) -> int:
         "cache_dtype": options.cache_dtype,
         "module_dtype": options.module_dtype,
     }
-    results = report(entries, settings)
+    results = report(records, settings)
     if results["results"]:
         show(results, options)
     if not finished:
@@ -212,7 +208,7 @@ def show(results: dict, options: argparse.Namespace) -> None:
         except OSError as error:
             raise RecycleError(f"--json {options.json}: {error.strerror}") from None
     if options.plot is not None:
-        plot(results, heading(results), options.plot)
+        plot(results["results"], heading(results), options.plot)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

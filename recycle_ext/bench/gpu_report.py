@@ -1,66 +1,82 @@
-"""python -m recycle_ext.bench --device cuda --report DIR: all that a GPU is needed for, in one go.
+"""python -m recycle_ext.bench --device cuda --report DIR: everything that needs a GPU, in one command without a network.
 
-Tests on the GPU; figures: models of known shapes with random weights, ours in all modes beside PyTorch eager,
-torch.compile and transformers, taking turns; then small tests under compute-sanitizer. Needs no network. Leaves in DIR
-tests.txt, gpu.json, gpu.md, gpu.png, memcheck.txt and racecheck.txt; what there is so far, if it is cut off.
+First the tests on the GPU; then interleaved runs of models of known shapes with random weights, recycle_ext in all modes
+beside PyTorch eager, torch.compile and transformers; then small tests under compute-sanitizer. DIR gets tests.txt, gpu.json,
+gpu.md, gpu.png, memcheck.txt and racecheck.txt, each as soon as its figures exist.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from recycle_ext import _C
-from recycle_ext.bench.contenders import OURS
 from recycle_ext.bench.plain_torch import StaticDecoder
 from recycle_ext.bench.plot import plot
 from recycle_ext.bench.random_model import SHAPES, ShapeOf, random_model
+from recycle_ext.bench.runners import OURS
 from recycle_ext.decoding.cuda_graph import GraphedStep
 from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.errors import RecycleError
 from recycle_ext.measuring.bandwidth import read_bandwidth
+from recycle_ext.measuring.extras import is_installed
 from recycle_ext.measuring.interleave import rounds
+from recycle_ext.measuring.machine import gpu_machine
+from recycle_ext.measuring.tables import markdown_table, percent
 from recycle_ext.ops.registration import check_device
 from recycle_ext.weights.pack import PackedModel
 
 CONTEXT = 128  # tokens in the cache before a step is timed
-STEPS = 64  # that a measurement takes
+STEPS = 64  # of a measurement
 ROUNDS = 7
-PROMPT = 512
-# Small tests that capture no graph: every tensor is then in memory of its own, and the sanitizer sees its ends.
+PROMPT = 512  # tokens of the prefill that is timed
+# Small tests that capture no graph: each tensor then has an allocation of its own, whose ends the sanitizer knows.
 SANITIZED = "attention_is_as_exact or head_takes or head_draws or without_a_graph"
 TESTS = ("test_gpu.py", "test_cuda_ops.py")
+_COLUMNS = (
+    "model",
+    "system",
+    "mode",
+    "dtype",
+    "us a step",
+    "tokens/s",
+    "GB/s",
+    "of bandwidth",
+    "speed-up",
+    "of limit",
+    "prompt tokens/s",
+)
 
 
 Begin = Callable[[], None]
 
 
 @dataclass
-class Contender:
-    """One line of the table: how its step is started, and what a step is."""
+class GpuRunner:
+    """One row of the table.
+
+    start: prepares, calls its argument, starts STEPS steps and returns. tokens_per_step: None if the number depends on the
+    module's quality. seconds: of a step, one value per round.
+    """
 
     shape: str
     system: str
     mode: str
-    width: str
-    start: Callable[
-        [Begin], None
-    ]  # gets ready, calls what it is given, starts STEPS steps and returns
-    tokens_a_step: float | None  # None: depends on how good the module is
+    dtype: str
+    start: Callable[[Begin], None]
+    tokens_per_step: float | None
     step_bytes: int
     standard_step_bytes: int
-    seconds: list[float]  # of a step, one a round
+    seconds: list[float]
     prefill_tokens_per_second: float | None = None
 
 
@@ -76,7 +92,7 @@ def run(device_name: str, directory: str) -> int:
         raise RecycleError(f"--report {directory}: {error.strerror}") from None
     torch.cuda.set_device(device)
     report = {
-        "machine": machine(device),
+        "machine": gpu_machine(device),
         "checks": {"tests": run_tests(out)},
         "settings": {"context": CONTEXT, "steps": STEPS, "rounds": ROUNDS, "prompt": PROMPT},
         "results": [],
@@ -91,37 +107,35 @@ def run(device_name: str, directory: str) -> int:
 
 
 def write(report: dict, out: Path) -> None:
-    """gpu.json, gpu.md and gpu.png, anew."""
+    """Writes gpu.json, gpu.md and gpu.png with the results so far."""
     results = report["results"]
     Path(out, "gpu.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     Path(out, "gpu.md").write_text(f"{heading(report)}\n\n{table(results)}\n", "utf-8")
-    if importlib.util.find_spec("matplotlib") is not None:
-        plot({"results": bars(results)}, heading(report), str(out / "gpu.png"))
+    if is_installed("matplotlib"):
+        plot(bars(results), heading(report), str(out / "gpu.png"), group="shape")
 
 
 # ---- checks ---------------------------------------------------------------------------------------------
 
 
 def run_tests(out: Path) -> str:
-    """The tests that need a GPU, with pytest; "passed", "failed" or why they were not run."""
+    """Runs the tests that need a GPU; returns "passed", "failed" or why they were not run."""
     folder = Path("python_tests")
     if not folder.is_dir():
-        return "not run: no python_tests here, it is not a clone"
+        return "not run: there is no folder python_tests; start the command in a clone"
     command = [sys.executable, "-m", "pytest", "-q", *(str(folder / name) for name in TESTS)]
     return _logged(command, out / "tests.txt")
 
 
 def run_sanitizer(out: Path) -> str:
-    """Memory and race checks of the small tests; as run_tests()."""
-    tool = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin"
-    )
+    """Runs the small tests under memcheck and racecheck; returns as run_tests() does."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return "not run: compute-sanitizer was not found"
     if not Path("python_tests").is_dir():
-        return "not run: no python_tests here, it is not a clone"
+        return "not run: there is no folder python_tests; start the command in a clone"
     tests = [sys.executable, "-m", "pytest", "-q", "-k", SANITIZED, "python_tests/test_gpu.py"]
-    # Our kernels alone; torch asks CUDA for things that may be refused, and means it.
+    # Kernels of recycle_ext alone, and no API errors: torch makes CUDA calls that it expects to fail.
     flags = ["--kernel-regex", "kns=recycle", "--report-api-errors", "no", "--error-exitcode", "9"]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     statuses = {
@@ -131,18 +145,11 @@ def run_sanitizer(out: Path) -> str:
     return ", ".join(f"{kind} {status}" for kind, status in statuses.items())
 
 
-def _logged(
-    command: list[str], log: Path, seconds: int = 240, environment: dict | None = None
-) -> str:
+def _logged(command: list[str], log: Path, seconds: int = 240, environment: dict | None = None) -> str:
     with open(log, "w") as file:
         try:
             done = subprocess.run(
-                command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-                check=False,
-                env=environment,
+                command, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False, env=environment
             )
         except subprocess.TimeoutExpired:
             return f"failed: more than {seconds} s"
@@ -153,40 +160,40 @@ def _logged(
 
 
 def measure(shape: ShapeOf, device: torch.device) -> list[dict]:
-    """The contenders of a shape, taking turns."""
-    contenders = ours(shape, device)
-    contenders += peers(shape, contenders[0].standard_step_bytes, device)
-    for order in rounds(contenders, ROUNDS):
-        for contender in order:
-            contender.seconds.append(seconds_a_step(contender))
+    """Interleaved runs of all runners of a shape."""
+    runners = ours(shape, device)
+    runners += peers(shape, runners[0].standard_step_bytes, device)
+    for order in rounds(runners, ROUNDS):
+        for runner in order:
+            runner.seconds.append(seconds_per_step(runner))
     bandwidth = read_bandwidth(device, 1 << 30)
-    return [figures(contender, bandwidth) for contender in contenders]
+    return [figures(runner, bandwidth) for runner in runners]
 
 
-def ours(shape: ShapeOf, device: torch.device) -> list[Contender]:
-    """All modes in bf16 with each module; the other widths with the first one."""
+def ours(shape: ShapeOf, device: torch.device) -> list[GpuRunner]:
+    """All modes in bf16 with each module; in the other dtypes with the first module."""
     found = []
-    for width in ("bf16", "q8", "q4"):
+    for dtype in ("bf16", "q8", "q4"):
         for index, (name, config) in enumerate(shape.modules.items()):
-            if width != "bf16" and index > 0:
+            if dtype != "bf16" and index > 0:
                 continue
-            packed = random_model(shape.base, config, width, device)
+            packed = random_model(shape.base, config, dtype, device)
             for mode in ("standard", "verify", "alternate"):
                 if mode == "standard" and index > 0:
                     continue
                 label = mode if mode == "standard" or len(shape.modules) == 1 else f"{mode}, {name}"
-                found.append(_ours(shape.name, packed, mode, label, width))
+                found.append(_ours(shape.name, packed, mode, label, dtype))
     return found
 
 
-def _ours(shape: str, packed: PackedModel, mode: str, label: str, width: str) -> Contender:
+def _ours(shape: str, packed: PackedModel, mode: str, label: str, dtype: str) -> GpuRunner:
     capacity = max(CONTEXT + 2 * STEPS, PROMPT) + 16
     decoder = Decoder(packed, mode, capacity=capacity)
     prompt = [i % 1000 for i in range(PROMPT)]
     decoder.prefill(prompt)
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    decoder.prefill(prompt)  # waits for its token
+    decoder.prefill(prompt)  # returns a token, so the GPU has finished
     prefill_seconds = time.perf_counter() - begin
     graph = GraphedStep(decoder.arguments())
 
@@ -199,12 +206,12 @@ def _ours(shape: str, packed: PackedModel, mode: str, label: str, width: str) ->
 
     start(lambda: None)
     if (grown := int(decoder.lengths[0, 0]) - CONTEXT) < STEPS:
-        raise RecycleError(f"{shape} {label} {width}: {grown} tokens in {STEPS} steps")
-    return Contender(
+        raise RecycleError(f"{shape} {label} {dtype}: {grown} tokens in {STEPS} steps")
+    return GpuRunner(
         shape,
         OURS,
         label,
-        width,
+        dtype,
         start,
         {"standard": 1.0, "verify": None, "alternate": 2.0}[mode],
         packed.step_bytes(decoder.num_draft_tokens),
@@ -214,29 +221,25 @@ def _ours(shape: str, packed: PackedModel, mode: str, label: str, width: str) ->
     )
 
 
-def peers(shape: ShapeOf, step_bytes: int, device: torch.device) -> list[Contender]:
-    """PyTorch eager, torch.compile and transformers, in bf16. step_bytes: what a step of the model reads."""
+def peers(shape: ShapeOf, step_bytes: int, device: torch.device) -> list[GpuRunner]:
+    """PyTorch eager, torch.compile and transformers, in bf16. step_bytes: weights that a standard step reads."""
     found = []
 
     def add(system: str, make: Callable[[], Callable[[Begin], None]]) -> None:
         try:
             start = make()
-            for _ in range(2):  # torch.compile records its graph in the second one
+            for _ in range(2):  # torch.compile records its graph in the second
                 start(lambda: None)
             torch.cuda.synchronize()
         except Exception as error:
-            # Someone else's code: a line less in the table, with the reason, and the others go on.
+            # A failure of another engine costs its row, not the report.
             print(f"{shape.name}: {system} is left out: {error}", file=sys.stderr)
             return
-        found.append(
-            Contender(
-                shape.name, system, "standard", "bf16", start, 1.0, step_bytes, step_bytes, []
-            )
-        )
+        found.append(GpuRunner(shape.name, system, "standard", "bf16", start, 1.0, step_bytes, step_bytes, []))
 
     add("PyTorch eager", lambda: _plain(shape, device))
     add("torch.compile", lambda: _compiled(shape, device))
-    if importlib.util.find_spec("transformers") is None:
+    if not is_installed("transformers"):
         print("transformers is left out: it is not installed", file=sys.stderr)
     else:
         add("transformers", lambda: _transformers(shape, device))
@@ -266,7 +269,7 @@ def _compiled(shape: ShapeOf, device: torch.device) -> Callable[[Begin], None]:
     start = _plain(shape, device, compiled=True)
     start(lambda: None)
     if counters["cudagraph_skips"] > before:
-        raise RuntimeError("it made no CUDA graph, and would be slower than it can be")
+        raise RuntimeError("torch.compile made no CUDA graph, so its figure would be too low")
     return start
 
 
@@ -301,25 +304,25 @@ def _transformers(shape: ShapeOf, device: torch.device) -> Callable[[Begin], Non
     return start
 
 
-def seconds_a_step(contender: Contender) -> float:
-    """By the GPU's clock, from before the first of STEPS steps to after the last."""
+def seconds_per_step(runner: GpuRunner) -> float:
+    """By the GPU's clock, from the start of the first of STEPS steps to the end of the last."""
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    contender.start(first.record)
+    runner.start(first.record)
     last.record()
     last.synchronize()
     return first.elapsed_time(last) / 1e3 / STEPS
 
 
-def figures(contender: Contender, bandwidth: float) -> dict:
-    """A line of the report, with the names that the CPU's report has."""
-    seconds = median(contender.seconds)
-    rate = contender.step_bytes / seconds
-    tokens = contender.tokens_a_step
+def figures(runner: GpuRunner, bandwidth: float) -> dict:
+    """A row of the report, with the keys of the CPU's report."""
+    seconds = median(runner.seconds)
+    rate = runner.step_bytes / seconds
+    tokens = runner.tokens_per_step
     return {
-        "shape": contender.shape,
-        "system": contender.system,
-        "mode": contender.mode,
-        "width": contender.width,
+        "shape": runner.shape,
+        "system": runner.system,
+        "mode": runner.mode,
+        "dtype": runner.dtype,
         "batch": 1,
         "threads": None,
         "step_microseconds": seconds * 1e6,
@@ -327,87 +330,62 @@ def figures(contender: Contender, bandwidth: float) -> dict:
         "gigabytes_per_second": rate / 1e9,
         "read_bandwidth_gigabytes_per_second": bandwidth / 1e9,
         "roofline_fraction": rate / bandwidth,
-        "speedup_limit": 2 * contender.standard_step_bytes / contender.step_bytes
-        if tokens == 2
-        else None,
-        "prefill_tokens_per_second": contender.prefill_tokens_per_second,
-        "repeats": [s * 1e6 for s in contender.seconds],
+        "speedup_limit": 2 * runner.standard_step_bytes / runner.step_bytes if tokens == 2 else None,
+        "prefill_tokens_per_second": runner.prefill_tokens_per_second,
+        "repeats": [s * 1e6 for s in runner.seconds],
     }
 
 
-# ---- what is written ------------------------------------------------------------------------------------
-
-
-def machine(device: torch.device) -> dict:
-    """What the figures depend on besides the model."""
-    try:
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout.split("\n")[0]
-    except FileNotFoundError:
-        driver = "unknown"
-    return {
-        "gpu": torch.cuda.get_device_name(device),
-        "driver": driver.strip(),
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "recycle_ext": _C.build_info()["version"],
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-    }
+# ---- output ---------------------------------------------------------------------------------------------
 
 
 def heading(report: dict) -> str:
     """One line above the table."""
-    m = report["machine"]
+    here = report["machine"]
     checks = "; ".join(f"{name} {status}" for name, status in report["checks"].items())
     return (
-        f"{m['gpu']}, driver {m['driver']}, torch {m['torch']}, CUDA {m['cuda']}; {m['date']}; {CONTEXT} tokens "
-        f"in the cache, batch 1, medians of {ROUNDS}; bandwidth is what copies reach, read and written together; {checks}"
+        f"{here['gpu']}, driver {here['driver']}, torch {here['torch']}, CUDA {here['cuda']}; {here['date']}; "
+        f"{CONTEXT} tokens in the cache, batch 1, medians of {ROUNDS}; bandwidth is what copies reach, bytes read and "
+        f"written added up; {checks}"
     )
 
 
-def table(results: list[dict]) -> str:
-    """Markdown. The speed-up of alternate is over our own standard of the same width."""
+def table(results: Sequence[dict]) -> str:
+    """Markdown. The speed-up of alternate is over recycle_ext's standard of the same shape and dtype."""
     standard = {
-        (r["shape"], r["width"]): r["step_microseconds"]
+        (r["shape"], r["dtype"]): r["step_microseconds"]
         for r in results
         if r["system"] == OURS and r["mode"] == "standard"
     }
-    lines = [
-        "| model | system | mode | width | us a step | tokens/s | GB/s | of bandwidth | speed-up | of limit | prompt tokens/s |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     for r in results:
         speedup = limit = ""
         if r["speedup_limit"] is not None:
-            ratio = 2 * standard[r["shape"], r["width"]] / r["step_microseconds"]
-            speedup, limit = f"{ratio:.2f}x", f"{ratio / r['speedup_limit']:.0%}"
-        rate = "" if r["tokens_per_second"] is None else f"{r['tokens_per_second']:.0f}"
-        prefill = r["prefill_tokens_per_second"]
-        cells = [
-            r["shape"],
-            r["system"],
-            r["mode"],
-            r["width"],
-            f"{r['step_microseconds']:.0f}",
-            rate,
-            f"{r['gigabytes_per_second']:.0f}",
-            f"{r['roofline_fraction']:.0%}",
-            speedup,
-            limit,
-            "" if prefill is None else f"{prefill:.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            ratio = 2 * standard[r["shape"], r["dtype"]] / r["step_microseconds"]
+            speedup, limit = f"{ratio:.2f}x", percent(ratio / r["speedup_limit"])
+        rate, prefill = r["tokens_per_second"], r["prefill_tokens_per_second"]
+        rows.append(
+            [
+                r["shape"],
+                r["system"],
+                r["mode"],
+                r["dtype"],
+                f"{r['step_microseconds']:.0f}",
+                "" if rate is None else f"{rate:.0f}",
+                f"{r['gigabytes_per_second']:.0f}",
+                percent(r["roofline_fraction"]),
+                speedup,
+                limit,
+                "" if prefill is None else f"{prefill:.0f}",
+            ]
+        )
+    return markdown_table(_COLUMNS, rows, left=4)
 
 
-def bars(results: list[dict]) -> list[dict]:
-    """What plot() draws: tokens a second in bf16, a group a model; verify depends on the module, and is left out."""
+def bars(results: Sequence[dict]) -> list[dict]:
+    """The results that the plot shows: tokens per second in bf16; not verify, which depends on the module."""
     return [
-        r | {"width": r["shape"], "mode": r["mode"].split(",")[0]}
+        r | {"mode": r["mode"].split(",")[0]}
         for r in results
-        if r["width"] == "bf16" and r["tokens_per_second"] is not None and "6 full" not in r["mode"]
+        if r["dtype"] == "bf16" and r["tokens_per_second"] is not None and "6 full" not in r["mode"]
     ]

@@ -1,4 +1,4 @@
-"""The other engines that are measured beside ours."""
+"""The peers: other engines, measured beside recycle_ext."""
 
 from __future__ import annotations
 
@@ -10,27 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recycle_ext.bench.contenders import OURS, Job
-from recycle_ext.bench.same_width import matrix_bytes
+from recycle_ext.bench.requantize import matrix_bytes
+from recycle_ext.bench.runners import OURS, Job
 from recycle_ext.bench.systems import Decoded, Ours, System
 from recycle_ext.checkpoint.gguf import GgufHeader
 
-_HALF = 2  # bytes of a value in the peers' caches
+_CACHE_VALUE_BYTES = 2  # of the peers' caches
 
 
 def open_system(job: Job) -> System:
-    """Loads what the job asks for."""
-    systems = {
-        OURS: Ours,
-        "transformers": Transformers,
-        "torch.compile": TorchCompile,
-        "llama.cpp": LlamaCpp,
-    }
-    return systems[job.contender.system](job)
+    """Loads the job's model into the job's system."""
+    systems = {OURS: Ours, "transformers": Transformers, "torch.compile": TorchCompile, "llama.cpp": LlamaCpp}
+    return systems[job.runner.system](job)
 
 
 class _Peer:
-    """What the other systems have in common: no module, and caches of 16 bits."""
+    """The base of all peers: no module, and caches of 16 bits."""
 
     def __init__(self, job: Job, step_bytes: int, formats: str) -> None:
         self._job = job
@@ -43,7 +38,7 @@ class _Peer:
             seconds,
             steps,
             tokens=steps * len(lengths),
-            cache_bytes=sum(lengths) * self._job.cache_values * _HALF,
+            cache_bytes=sum(lengths) * self._job.cache_values * _CACHE_VALUE_BYTES,
         )
 
 
@@ -55,21 +50,17 @@ class Transformers(_Peer):
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        torch.set_num_threads(job.contender.threads)
+        torch.set_num_threads(job.runner.threads)
         path = Path(job.model)
         is_file = path.is_file()
         self._model = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent if is_file else path,
-            gguf_file=path.name if is_file else None,
-            dtype=torch.bfloat16,
+            path.parent if is_file else path, gguf_file=path.name if is_file else None, dtype=torch.bfloat16
         ).eval()
-        # Then it neither stops at an end token nor spends time on forbidding it.
+        # Without an end token, generate neither stops early nor spends time on masking one.
         self._model.generation_config.eos_token_id = None
         embedding = self._model.get_input_embeddings().weight
         tied = self._model.get_output_embeddings().weight is embedding
-        matrices = [
-            p for p in self._model.parameters() if p.ndim == 2 and (tied or p is not embedding)
-        ]
+        matrices = [p for p in self._model.parameters() if p.ndim == 2 and (tied or p is not embedding)]
         step_bytes = sum(p.numel() * p.element_size() for p in matrices)
         super().__init__(job, step_bytes, "bf16")
 
@@ -85,26 +76,20 @@ class Transformers(_Peer):
 
     @torch.inference_mode()
     def _stamps(self, sequences: Sequence[Sequence[int]], new_tokens: int) -> list[float]:
-        """Generates; returns when each of the tokens was there."""
+        """Generates ``new_tokens`` per sequence; returns the time at which each was ready."""
         longest = max(map(len, sequences))
         ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
         mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):  # padded on the left, as generate wants it
+        for row, sequence in enumerate(sequences):  # generate takes padding on the left
             ids[row, longest - len(sequence) :] = torch.tensor(sequence)
             mask[row, longest - len(sequence) :] = 1
         clock = _Clock()
-        self._model.generate(
-            ids,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            streamer=clock,
-        )
+        self._model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, streamer=clock)
         return clock.stamps[1:]  # the first is the prompt
 
 
 class _Clock:
-    """A streamer for ``generate`` that notes when it is handed tokens."""
+    """A streamer for ``generate`` that notes the time of each call."""
 
     def __init__(self) -> None:
         self.stamps: list[float] = []
@@ -114,13 +99,13 @@ class _Clock:
         self.stamps.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """The end of the generation; nothing to note."""
 
 
 class TorchCompile(Transformers):
-    """transformers' model under ``torch.compile``, with a static cache: a loop of its own, one sequence.
+    """transformers' model under ``torch.compile`` with a static cache, one sequence, in a loop of this class.
 
-    The first call compiles, which takes a minute; none that is timed does.
+    The first call compiles for about a minute; the worker makes that call before the timed ones.
     """
 
     def __init__(self, job: Job) -> None:
@@ -128,7 +113,7 @@ class TorchCompile(Transformers):
         from transformers import StaticCache
 
         longest = max(len(job.prompt), len(job.sequences[0]) + job.new_tokens + 1)
-        # One size for all calls: another would be compiled anew.
+        # One cache size for all calls: torch.compile compiles again for another size.
         self._cache = StaticCache(config=self._model.config, max_cache_len=longest + 1)
         self._step = torch.compile(self._model.forward, dynamic=False)
 
@@ -136,7 +121,7 @@ class TorchCompile(Transformers):
     def _stamps(self, sequences: Sequence[Sequence[int]], new_tokens: int) -> list[float]:
         (ids,) = sequences
         self._cache.reset()
-        # The prompt is read without compiling: each length of one would be compiled anew.
+        # The prefill is eager: torch.compile would compile again for each length of a prompt.
         token = self._forward(self._model, torch.tensor([ids]), 0)
         stamps = [time.perf_counter()]
         for position in range(len(ids), len(ids) + new_tokens - 1):
@@ -145,7 +130,7 @@ class TorchCompile(Transformers):
         return stamps
 
     def _forward(self, model: Callable, ids: Tensor, position: int) -> Tensor:
-        """The likeliest token after ``ids`` [1, n], which stand at ``position`` and after: [1, 1]."""
+        """The argmax token [1, 1] after ``ids`` [1, n] int64, whose first position is ``position``."""
         logits = model(
             ids,
             past_key_values=self._cache,
@@ -156,7 +141,7 @@ class TorchCompile(Transformers):
 
 
 class LlamaCpp(_Peer):
-    """llama.cpp through llama-cpp-python, as that package sets it up."""
+    """llama.cpp through llama-cpp-python, with the defaults of that package."""
 
     def __init__(self, job: Job) -> None:
         import llama_cpp
@@ -167,8 +152,8 @@ class LlamaCpp(_Peer):
         self._llama = llama_cpp.Llama(
             job.model,
             n_ctx=longest + 1,
-            n_threads=job.contender.threads,
-            n_threads_batch=job.contender.threads,
+            n_threads=job.runner.threads,
+            n_threads_batch=job.runner.threads,
             verbose=False,
         )
 
@@ -177,21 +162,21 @@ class LlamaCpp(_Peer):
         start = time.perf_counter()
         self._llama.reset()
         self._llama.eval(list(ids))
-        self._pick()
+        self._argmax_token()
         return time.perf_counter() - start
 
     def decode(self, new_tokens: int) -> Decoded:
         """``new_tokens`` after the one that the prefill gives."""
         self._llama.reset()
         self._llama.eval(self._job.sequences[0])
-        token = self._pick()
+        token = self._argmax_token()
         start = time.perf_counter()
         for _ in range(new_tokens):
             self._llama.eval([token])
-            token = self._pick()
+            token = self._argmax_token()
         return self._decoded(time.perf_counter() - start, new_tokens)
 
-    def _pick(self) -> int:
-        """The likeliest token, by the short way: ``Llama.sample`` builds a chain of samplers each time (0.5 ms)."""
+    def _argmax_token(self) -> int:
+        """The greedy next token. Not ``Llama.sample``: that builds a chain of samplers per call (0.5 ms)."""
         logits = self._library.llama_get_logits(self._llama.ctx)
         return int(np.ctypeslib.as_array(logits, shape=(self._llama.n_vocab(),)).argmax())

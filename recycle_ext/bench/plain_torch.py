@@ -1,4 +1,4 @@
-"""What PyTorch alone makes of a model: a forward pass over one token with a static cache, eager or compiled."""
+"""The plain PyTorch peer: a forward pass over one token with a static cache, eager or compiled."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recycle_ext.checkpoint.config import ModelConfig
-from recycle_ext.ops.functional import rope_tables, apply_rope
+from recycle_ext.ops.functional import apply_rope, rope_tables
 from recycle_ext.reference.model import BaseModel
 
 
 class StaticDecoder(nn.Module):
-    """Greedy decoding of one sequence, as a person would write it for torch.compile: no shape ever changes.
+    """Greedy decoding of one sequence, written for torch.compile: no shape ever changes.
 
-    The weights are a BaseModel's in bfloat16, random. Keys and values [1, n_kv_heads, capacity, head_dim] of each
-    layer are attended to whole, behind a mask; a step writes its token's at its position. capacity: a multiple of 8,
-    for the mask's alignment.
+    The weights are a BaseModel's in bfloat16, random. Attention reads the whole cache [1, n_kv_heads, capacity, head_dim] of
+    a layer behind a mask; a step writes the keys and values of its position. capacity: a multiple of 8, for the mask's
+    alignment.
     """
 
     def __init__(self, config: ModelConfig, capacity: int, device: torch.device) -> None:
@@ -24,20 +24,20 @@ class StaticDecoder(nn.Module):
         self.config = config
         with torch.device(device):
             self.base = BaseModel(config).bfloat16()
-            # A buffer for each layer: torch.compile copies what it sees parts of being written to.
+            # One buffer per layer: torch.compile copies a tensor of which it writes a part.
             shape = (1, config.n_kv_heads, capacity, config.head_dim)
             for index in range(config.n_layers):
                 for name in ("keys", "values"):
                     self.register_buffer(f"{name}{index}", torch.zeros(shape, dtype=torch.bfloat16))
-            self.register_buffer("everywhere", torch.arange(capacity))
+            self.register_buffer("positions", torch.arange(capacity))
         self.base.inv_freq = config.inv_freq().to(device)
 
     @torch.no_grad()
     def forward(self, token: Tensor, position: Tensor) -> Tensor:
-        """token and position [1] int64 -> the next token [1]."""
+        """token, position: [1] int64. Returns the next token [1] int64."""
         base = self.base
         cos, sin = rope_tables(base.inv_freq, position)
-        mask = (self.everywhere <= position)[None, None, None]
+        mask = (self.positions <= position)[None, None, None]
         x = base.model.embed_tokens(token)[None]
         heads = (1, 1, -1, self.config.head_dim)
         for index, layer in enumerate(base.model.layers):

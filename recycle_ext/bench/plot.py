@@ -1,12 +1,16 @@
-"""The results as a bar chart."""
+"""The results as a bar chart: tokens per second by dtype, and the limit that the memory bandwidth sets."""
 
 from __future__ import annotations
 
-from recycle_ext.bench.contenders import OURS
-from recycle_ext.errors import RecycleError
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-KINDS = (".png", ".svg", ".pdf")
-_OUR_COLORS = {"standard": "#9ecae1", "verify": "#3182bd", "alternate": "#08519c"}
+from recycle_ext.bench.runners import OURS
+from recycle_ext.measuring.plots import MODE_COLORS, grouped_bars, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _PEER_COLORS = {
     "transformers": "#bdbdbd",
     "PyTorch eager": "#d9d9d9",
@@ -15,67 +19,40 @@ _PEER_COLORS = {
 }
 
 
-def check_plot(file: str) -> None:
-    """Raises RecycleError if a plot could not be made, before anything is measured."""
-    if not file.endswith(KINDS):
-        raise RecycleError(f"--plot is {file}; it must end in {', '.join(KINDS)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise RecycleError("--plot needs matplotlib: `pip install matplotlib`") from None
+def plot(results: Sequence[dict], title: str, file: str, group: str = "dtype") -> None:
+    """Draws the results of a report into ``file``. group: the key whose values the groups of bars are."""
+    save_figure(draw(results, title, group), file)
 
 
-def plot(report: dict, title: str, file: str) -> None:
-    """Tokens a second by width, a bar for each system and mode, and what the bandwidth would allow it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    results = report["results"]
-    widths = list(dict.fromkeys(result["width"] for result in results))
+def draw(results: Sequence[dict], title: str, group: str = "dtype") -> Figure:
+    """The figure: a group of bars per dtype, a bar per system and mode, a line above each bar at its limit."""
+    groups = list(dict.fromkeys(result[group] for result in results))
     labels = list(dict.fromkeys(_label(result, results) for result in results))
-    bar = 0.8 / len(labels)
-    figure, axes = pyplot.subplots(
-        figsize=(max(6.0, 2 + 0.55 * len(results)), 4.5), layout="constrained"
-    )
-    floors = []
+    table = {(_label(result, results), result[group]): result for result in results}
+    figure, (axes,) = new_figure(1, max(6.0, 2 + 0.55 * len(results)), 4.5)
+    series, colors = {}, []
     for index, label in enumerate(labels):
-        mine = [result for result in results if _label(result, results) == label]
-        places = [
-            widths.index(result["width"]) + (index - (len(labels) - 1) / 2) * bar for result in mine
-        ]
-        rates = [result["tokens_per_second"] for result in mine]
-        bars = axes.bar(
-            places, rates, bar * 0.92, label=label, color=_color(mine[0], index, results)
-        )
-        axes.bar_label(bars, fmt="%.0f", fontsize=8)
-        # All bytes of a step at the speed the machine reads: the floor of the time, the ceiling here.
-        for place, result in zip(places, mine, strict=True):
-            floors.append((place, result["tokens_per_second"] / result["roofline_fraction"]))
-    for number, (place, rate) in enumerate(floors):
-        axes.plot(
-            [place - bar * 0.46, place + bar * 0.46],
-            [rate, rate],
-            color="black",
-            linewidth=1.2,
-            label="at full memory bandwidth" if number == 0 else None,
-        )
-    axes.set_xticks(range(len(widths)), widths)
+        row = [table.get((label, name)) for name in groups]
+        series[label] = [result and result["tokens_per_second"] for result in row]
+        colors.append(_color(next(filter(None, row)), index, results))
+    bars = grouped_bars(axes, groups, series, colors, "%.0f")
+    line_label = "at full memory bandwidth"
+    for label, drawn in zip(labels, bars, strict=True):
+        row = [table[label, name] for name in groups if (label, name) in table]
+        for bar, result in zip(drawn, row, strict=True):
+            # The time of reading all bytes of a step is the step's minimum, so this rate is the maximum.
+            limit = result["tokens_per_second"] / result["roofline_fraction"]
+            left, right = bar.get_x(), bar.get_x() + bar.get_width()
+            axes.plot([left, right], [limit] * 2, color="black", linewidth=1.2, label=line_label)
+            line_label = None  # one entry in the legend
     axes.set_ylabel("tokens per second")
     axes.set_title(title, fontsize=8, wrap=True, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    try:
-        figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise RecycleError(f"--plot {file}: {error.strerror}") from None
-    finally:
-        pyplot.close(figure)
+    return figure
 
 
-def _label(result: dict, results: list[dict]) -> str:
-    """System and mode, and what else tells the bars of a width apart."""
+def _label(result: dict, results: Sequence[dict]) -> str:
+    """System and mode, and whatever else tells the bars of a group apart."""
     label = f"{result['system']} {result['mode']}" if result["system"] == OURS else result["system"]
     for name in ("threads", "batch"):
         if len({other[name] for other in results}) > 1:
@@ -83,10 +60,10 @@ def _label(result: dict, results: list[dict]) -> str:
     return label
 
 
-def _color(result: dict, index: int, results: list[dict]) -> str:
-    """One for each system and mode, unless there are several bars of one."""
+def _color(result: dict, index: int, results: Sequence[dict]) -> str:
+    """A color per system and mode; the bar's own where there are several bars of one system and mode."""
     if len({(other["threads"], other["batch"]) for other in results}) > 1:
         return f"C{index}"
     if result["system"] == OURS:
-        return _OUR_COLORS[result["mode"]]
+        return MODE_COLORS[result["mode"]]
     return _PEER_COLORS[result["system"]]

@@ -1,4 +1,4 @@
-"""Models of given sizes with random weights, packed: for speed, which doesn't depend on what the weights are."""
+"""Packed models of given shapes with random weights; the speed does not depend on the weights' values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from recycle_ext.weights.plan import Stack, read_plan
 
 @dataclass(frozen=True)
 class ShapeOf:
-    """A model to measure, and the modules to measure it with, by name."""
+    """A base model to measure, and the modules to measure it with, by name."""
 
     name: str
     base: ModelConfig
@@ -55,16 +55,13 @@ def _module(
     base: ModelConfig, layers: int, inner: int, heads: int, kv_heads: int, draft_vocab: int = 0
 ) -> ModuleConfig:
     return dataclasses.replace(
-        ModuleConfig.like(base, layers, draft_vocab),
-        intermediate_size=inner,
-        n_heads=heads,
-        n_kv_heads=kv_heads,
+        ModuleConfig.like(base, layers, draft_vocab), intermediate_size=inner, n_heads=heads, n_kv_heads=kv_heads
     )
 
 
 def _shapes() -> list[ShapeOf]:
-    # The paper's: 24 layers, d 2048, 32 heads, 5504, vocabulary 50,257 (here a multiple of 16); its module has 6
-    # layers and 15% of the parameters, so they are narrower than the base's.
+    # The paper's (arXiv 2308.03421): 24 layers, hidden size 2048, 32 heads, intermediate size 5504, vocabulary 50,257
+    # (here a multiple of 16). The paper's module has 6 layers and 15% of the parameters, hence narrower layers.
     paper = _base("RecycleGPT-1.3B", 50272, 2048, 5504, 24, 32, 32, 64, True)
     small = _base("SmolLM2-135M", 49152, 576, 1536, 30, 9, 3, 64, True)
     llama = _base("Llama-3.2-1B", 128256, 2048, 8192, 16, 32, 8, 64, True)
@@ -82,14 +79,10 @@ def _shapes() -> list[ShapeOf]:
 SHAPES = _shapes()
 
 
-def random_model(
-    base: ModelConfig, module: ModuleConfig | None, dtype: str, device: torch.device
-) -> PackedModel:
-    """A packed model with random matrices; norms are 1."""
+def random_model(base: ModelConfig, module: ModuleConfig | None, dtype: str, device: torch.device) -> PackedModel:
+    """A packed model with random matrices; the norms' weights are 1."""
     description = describe(
-        _sources(base, base_shapes(base)),
-        None if module is None else _sources(module, module_shapes(module)),
-        dtype,
+        _sources(base, base_shapes(base)), None if module is None else _sources(module, module_shapes(module)), dtype
     )
     weights = torch.zeros(description.weights_bytes, dtype=torch.uint8, device=device)
     packed = description.packed_model(weights)
@@ -111,21 +104,15 @@ def random_model(
 
 
 def _sources(config: ModelConfig | ModuleConfig, shapes: Shapes) -> SimpleNamespace:
-    """What a checkpoint says of its tensors, without a file behind it."""
+    """The attributes of a checkpoint that ``describe`` reads, without a file."""
     nowhere = Path("random weights")
-    tensors = {
-        name: TensorSource(name, shape, "bf16", nowhere, 0, 0) for name, shape in shapes.items()
-    }
-    if "draft_vocab" in tensors:  # the only one that is looked into before the weights are there
+    tensors = {name: TensorSource(name, shape, "bf16", nowhere, 0, 0) for name, shape in shapes.items()}
+    if "draft_vocab" in tensors:  # the only tensor whose values ``describe`` reads
         tensors["draft_vocab"] = SimpleNamespace(raw_rows=torch.arange)
     return SimpleNamespace(config=config, tensors=tensors, path=str(nowhere))
 
 
-def _fill(
-    stack: Stack,
-    config: ModelConfig | ModuleConfig,
-    samples: dict[tuple[str, int], Tensor],
-) -> None:
+def _fill(stack: Stack, config: ModelConfig | ModuleConfig, samples: dict[tuple[str, int], Tensor]) -> None:
     stack.inv_freq.copy_(config.inv_freq())
     for layer in stack.layers:
         for value in vars(layer).values():
@@ -136,7 +123,7 @@ def _fill(
 
 
 def _fill_matrix(matrix: Matrix, samples: dict[tuple[str, int], Tensor]) -> None:
-    """A few random panels, over and over."""
+    """Repeats eight random panels: drawing and packing all of a large matrix would take minutes."""
     key = (matrix.format, matrix.k)
     if key not in samples:
         rows = torch.randn(8 * PANEL_ROWS, matrix.k, generator=torch.Generator().manual_seed(0))

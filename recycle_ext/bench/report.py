@@ -1,18 +1,16 @@
-"""What a run comes to: medians, shares of what the machine allows, as JSON and as Markdown."""
+"""The results of a run: medians and shares of the machine's limits, as JSON and as Markdown."""
 
 from __future__ import annotations
 
-import platform
-import time
 from collections.abc import Sequence
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 
-import torch
-
-from recycle_ext import _C
+from recycle_ext.bench.interleaved_runs import RunnerRecord
+from recycle_ext.bench.runners import PEERS
 from recycle_ext.decoding.decoder import AUTO
-from recycle_ext.measuring.interleave import Entry
+from recycle_ext.measuring.machine import machine, plural
+from recycle_ext.measuring.tables import markdown_table, percent
 
 _MEDIANS = (
     "tokens_per_second",
@@ -26,7 +24,7 @@ _MEDIANS = (
 _COLUMNS = (
     "system",
     "mode",
-    "width",
+    "dtype",
     "threads",
     "batch",
     "tokens/s",
@@ -40,99 +38,90 @@ _COLUMNS = (
 )
 
 
-def machine() -> dict:
-    """What the figures depend on besides the model."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": _C.available_cores(),
-        "isa": _C.isa(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "recycle_ext": _C.build_info()["version"],
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-    }
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.machine()  # what ARM's cpuinfo does not say
-
-
-def report(entries: Sequence[Entry], settings: dict) -> dict:
-    """The object that --json writes, of the contenders that were measured at least once."""
-    measured = [entry for entry in entries if entry.measurements and not entry.left_out]
-    results = [summary(entry) for entry in measured]
+def report(records: Sequence[RunnerRecord], settings: dict) -> dict:
+    """The object that --json writes, of the runners that were measured at least once."""
+    measured = [record for record in records if record.measurements and not record.failed]
+    results = [summary(record) for record in measured]
     for result in results:
         result["limit_fraction"] = limit_fraction(result, results)
-    probes = [m["read_bandwidth_gigabytes_per_second"] for e in measured for m in e.measurements]
+    probes = [m["read_bandwidth_gigabytes_per_second"] for r in measured for m in r.measurements]
     return {
         "machine": machine(),
+        "peer_versions": peer_versions({result["system"] for result in results}),
         "settings": settings,
         "read_bandwidth_gigabytes_per_second": median(probes) if probes else None,
         "results": results,
     }
 
 
-def summary(entry: Entry) -> dict:
-    """Medians over the repeats of one contender, and what is known of its model."""
-    contender = entry.job.contender
+def peer_versions(systems: set[str]) -> dict[str, str]:
+    """Versions of the packages behind the measured peers, by the packages' names."""
+    found = {}
+    for system, (_, pip_names) in PEERS.items():
+        if system in systems:
+            package = pip_names.split()[0]
+            try:
+                found[package] = version(package)
+            except PackageNotFoundError:
+                found[package] = "unknown"
+    return found
 
-    def middle(name: str) -> float | None:
-        values = [measurement[name] for measurement in entry.measurements]
+
+def summary(record: RunnerRecord) -> dict:
+    """Medians over the repeats of one runner, every repeat, and the facts of its model."""
+    runner = record.job.runner
+
+    def median_of(name: str) -> float | None:
+        values = [measurement[name] for measurement in record.measurements]
         return None if None in values else median(values)
 
     result = {
-        "system": contender.system,
-        "mode": contender.mode,
-        "width": contender.width,
-        "threads": contender.threads,
-        "batch": contender.batch,
-        "drafts": contender.drafts,
+        "system": runner.system,
+        "mode": runner.mode,
+        "dtype": runner.dtype,
+        "threads": runner.threads,
+        "batch": runner.batch,
+        "drafts": runner.drafts,
     }
-    result |= {name: middle(name) for name in _MEDIANS}
-    result["peak_memory_bytes"] = entry.measurements[0]["peak_memory_bytes"]
-    result |= entry.facts
-    result["repeats"] = [measurement["tokens_per_second"] for measurement in entry.measurements]
-    if entry.phases is not None:
-        result["phases"] = entry.phases
+    result |= {name: median_of(name) for name in _MEDIANS}
+    # Of the first repeat: the later ones have seen the probe's buffer, which is as large as the model.
+    result["peak_memory_bytes"] = record.measurements[0]["peak_memory_bytes"]
+    result |= record.facts
+    result["repeats"] = [{name: measurement[name] for name in _MEDIANS} for measurement in record.measurements]
+    if record.phases is not None:
+        result["phases"] = record.phases
     return result
 
 
 def limit_fraction(result: dict, results: Sequence[dict]) -> float | None:
-    """The speed-up over standard mode, as a share of what it would be if only bytes of weights counted.
+    """The speed-up over standard mode, as a share of the speed-up that the bytes of the weights allow.
 
-    That limit is the tokens a step gives (drafts + 1 in alternate mode) times the bytes of a standard step
-    over those of this one. None without drafts, where their number changes, or without a standard contender
-    beside it.
+    That limit is (1 + drafts * acceptance) * (bytes of a standard step) / (bytes of this runner's step). None without draft
+    tokens, where their number changes, or without a standard runner of the same dtype, threads and batch.
     """
     if not result["drafts"] or result["drafts"] == AUTO:
         return None
-    same = ("system", "width", "threads", "batch")
+    same = ("system", "dtype", "threads", "batch")
     for other in results:
         if other["mode"] == "standard" and all(other[name] == result[name] for name in same):
-            tokens_a_step = 1 + result["drafts"] * result["acceptance_rate"]
-            limit = tokens_a_step * result["standard_step_bytes"] / result["step_bytes"]
+            tokens_per_step = 1 + result["drafts"] * result["acceptance_rate"]
+            limit = tokens_per_step * result["standard_step_bytes"] / result["step_bytes"]
             return result["tokens_per_second"] / other["tokens_per_second"] / limit
     return None
 
 
 def heading(report: dict) -> str:
-    """Two lines above the table: the machine, and what was run on it."""
+    """Two lines above the table: the machine, and the settings."""
     here, settings = report["machine"], report["settings"]
-    cores = f"{here['cores']} core" + ("s" if here["cores"] != 1 else "")
-    # Fewer than were asked for where Ctrl-C ended it.
+    # Fewer than requested if Ctrl-C ended the run.
     repeats = min(len(result["repeats"]) for result in report["results"])
     return (
-        f"{here['cpu']}, {cores}, {here['isa']}, "
+        f"{here['cpu']}, {plural(here['cores'], 'core')}, {here['isa']}, "
         f"{report['read_bandwidth_gigabytes_per_second']:.1f} GB/s; torch {here['torch']}; "
         f"{here['date']}\n"
         f"{settings['model_name']}: {settings['new_tokens']} tokens after {settings['context']}, "
         f"a prompt of {settings['prompt_tokens']}, medians of {repeats}"
-        + (f"; our cache in {settings['cache_dtype']}" if settings["cache_dtype"] else "")
+        + (f"; cache of recycle_ext in {settings['cache_dtype']}" if settings["cache_dtype"] else "")
     )
 
 
@@ -141,30 +130,26 @@ def table(report: dict) -> str:
     rows = [
         [
             result["system"],
-            _mode(result),
-            result["width"],
+            mode_label(result),
+            result["dtype"],
             str(result["threads"]),
             str(result["batch"]),
             f"{result['tokens_per_second']:.1f}",
             f"{result['gigabytes_per_second']:.1f}",
-            _percent(result["roofline_fraction"]),
-            _percent(result["acceptance_rate"]),
-            _percent(result["limit_fraction"]),
+            percent(result["roofline_fraction"]),
+            percent(result["acceptance_rate"]),
+            percent(result["limit_fraction"]),
             f"{result['first_token_seconds'] * 1e3:.0f} ms",
             f"{result['prefill_tokens_per_second']:.0f}",
             f"{result['peak_memory_bytes'] / 1e6:.0f}",
         ]
         for result in report["results"]
     ]
-    return markdown(
-        _COLUMNS,
-        rows,
-        left=3,
-    )
+    return markdown_table(_COLUMNS, rows, left=3)
 
 
 def phase_tables(report: dict) -> str:
-    """A table for each contender whose phases were taken: where the time of a decode step goes."""
+    """A table for each runner whose phases were measured: where the time of a decode step goes."""
     tables = []
     for result in report["results"]:
         if "phases" not in result:
@@ -176,40 +161,19 @@ def phase_tables(report: dict) -> str:
                 f"{phase['times']:.0f}",
                 f"{phase['work_microseconds']:.0f}",
                 f"{phase['wait_microseconds']:.0f}",
-                _percent(phase["share"]),
+                percent(phase["share"]),
             ]
             for phase in result["phases"]
         ]
         title = (
-            f"Phases of {_mode(result)} {result['width']}, "
-            f"threads {result['threads']}, batch {result['batch']}:"
+            f"Phases of {mode_label(result)} {result['dtype']}, threads {result['threads']}, batch {result['batch']}:"
         )
         names = ["part", "phase", "times a step", "work us", "wait us", "of the step"]
-        tables.append(f"{title}\n\n{markdown(names, rows, left=2)}")
+        tables.append(f"{title}\n\n{markdown_table(names, rows, left=2)}")
     return "\n\n".join(tables)
 
 
-def _mode(result: dict) -> str:
-    """With the number of drafts where it is not the usual one."""
-    return result["mode"] + (
-        f" ({result['drafts']} drafts)" if result["drafts"] not in (0, 1) else ""
-    )
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.0%}"
-
-
-def markdown(names: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """A table, padded so that it can be read as it is. left: columns of words; the others are figures."""
-    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if index < left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join([line(names), line(rule), *map(line, rows)])
+def mode_label(result: dict) -> str:
+    """The mode, with the number of draft tokens where it is not 1."""
+    drafts = result["drafts"]
+    return result["mode"] + (f" (drafts {drafts})" if drafts not in (0, 1) else "")

@@ -1,4 +1,4 @@
-"""The text that every contender reads: a story, as token ids."""
+"""The text that every runner reads: a story."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ and the door swung open on a flight of steps that led down, dry and lit by lamps
 
 
 def part(ids: Sequence[int], start: int, count: int) -> list[int]:
-    """``count`` of the ids from ``start`` on, which goes around as often as needed."""
+    """``count`` ids from ``start`` on; after the last id comes the first."""
     return [ids[i % len(ids)] for i in range(start, start + count)]

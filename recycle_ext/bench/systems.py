@@ -1,4 +1,4 @@
-"""What is measured of a system: it loads a model once and then reads prompts and decodes, timed. And ours."""
+"""Systems under measurement load a model once, then prefill and decode under a clock. ``Ours`` is recycle_ext."""
 
 from __future__ import annotations
 
@@ -8,37 +8,47 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from recycle_ext import _C
-from recycle_ext.bench.contenders import Job, growth
+from recycle_ext.bench.runners import Job, growth
 from recycle_ext.decoding.decoder import AUTO, Decoder
 from recycle_ext.decoding.kv_cache import CACHE_DTYPES
+from recycle_ext.decoding.step import Step
 from recycle_ext.generate.model import load
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A timed decoding, all sequences together."""
+    """A timed decoding of all sequences together.
+
+    tokens: the requested ones; draft tokens past the last of them are not counted. cache_bytes: keys and values that a
+    step reads, on average. step_bytes: weights that a step reads, on average; None: as the system says.
+    acceptance_rate: accepted draft tokens / verified ones; None without draft tokens.
+    """
 
     seconds: float
     steps: int
     tokens: int
-    cache_bytes: float  # of keys and values that a step read, on average
-    step_bytes: float | None = None  # of weights, on average; None: as the system says
+    cache_bytes: float
+    step_bytes: float | None = None
     acceptance_rate: float | None = None
 
 
 class System(Protocol):
-    """A loaded model."""
+    """A loaded model.
 
-    weight_bytes: int  # in memory
-    step_bytes: int  # of weights that a decode step reads, or the least it reads where that changes
-    standard_step_bytes: int  # the same without a module
-    formats: str  # for humans
+    weight_bytes: in memory. step_bytes: weights that a decode step reads, the minimum if the number changes.
+    standard_step_bytes: the same without a module. formats: of the weights, for humans.
+    """
+
+    weight_bytes: int
+    step_bytes: int
+    standard_step_bytes: int
+    formats: str
 
     def prefill(self, ids: Sequence[int]) -> float:
-        """Seconds from a prompt to its first new token."""
+        """Seconds from a prompt (token ids) to its first new token."""
 
     def decode(self, new_tokens: int) -> Decoded:
-        """Decodes greedily after the job's sequences, past any end token."""
+        """Decodes ``new_tokens`` per sequence greedily after the job's sequences, past any end token."""
 
 
 class Ours:
@@ -46,34 +56,34 @@ class Ours:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        width = job.contender.width
+        dtype = job.runner.dtype
         self._model = load(
             job.model,
             job.module or "none",
-            dtype=None if width == "native" else width,
-            threads=job.contender.threads,
+            dtype=None if dtype == "native" else dtype,
+            threads=job.runner.threads,
             module_dtype=job.module_dtype,
         )
         packed = self._model.packed
         self.weight_bytes = packed.weights.numel()
-        drafts = job.contender.drafts
+        drafts = job.runner.drafts
         self.step_bytes = packed.step_bytes(0 if drafts == AUTO else drafts)
         self.standard_step_bytes = packed.step_bytes(0)
         self.formats = packed.formats
 
     def _decoder(self, batch: int, capacity: int) -> Decoder:
-        contender = self._job.contender
+        runner = self._job.runner
         return Decoder(
             self._model.packed,
-            mode=contender.mode,
-            drafts=contender.drafts or 1,
+            mode=runner.mode,
+            drafts=runner.drafts or 1,
             batch=batch,
             capacity=capacity,
             cache_dtype=CACHE_DTYPES.get(self._job.cache_dtype, self._model.cache_dtype),
         )
 
     def prefill(self, ids: Sequence[int]) -> float:
-        """Seconds from a prompt to its first new token; the first drafts are there too."""
+        """Seconds from a prompt to its first new token; the first draft tokens are ready by then too."""
         decoder = self._decoder(1, len(ids) + 1)
         start = time.perf_counter()
         decoder.prefill(ids)
@@ -81,50 +91,52 @@ class Ours:
 
     def decode(self, new_tokens: int) -> Decoded:
         """Decodes until the sequences have ``new_tokens`` each on average."""
-        return self._run(self._ready(new_tokens), new_tokens)
+        return self._run(self._prefilled(new_tokens), new_tokens)
 
-    def _ready(self, new_tokens: int) -> Decoder:
+    def _prefilled(self, new_tokens: int) -> Decoder:
         """A decoder with the job's sequences in its caches."""
-        sequences, drafts = self._job.sequences, self._job.contender.most_drafts
-        most = max(map(len, sequences)) + growth(new_tokens, len(sequences), drafts)
-        decoder = self._decoder(len(sequences), most)
+        sequences, num_draft_tokens = self._job.sequences, self._job.runner.max_draft_tokens
+        longest = max(map(len, sequences))
+        decoder = self._decoder(len(sequences), longest + growth(new_tokens, len(sequences), num_draft_tokens))
         for index, ids in enumerate(sequences):
             decoder.prefill(ids, index)
         return decoder
 
     def _run(self, decoder: Decoder, new_tokens: int) -> Decoded:
-        before = int(decoder.lengths[0].sum())
-        wanted, tokens, steps, drafts = decoder.batch * new_tokens, 0, 0, 0
+        wanted = left = decoder.batch * new_tokens
+        positions_before = int(decoder.lengths[0].sum())
+        steps: list[Step] = []
+        records = decoder.run()
         start = time.perf_counter()
-        while tokens < wanted:
-            found, counts = decoder.step()
-            tokens += int(counts.sum())
-            steps += 1
-            drafts += found.shape[1] - 1
+        while left > 0:
+            steps.append(next(records))
+            left -= int(steps[-1].counts.sum())
+        # The clock of the caller, not Step.seconds: choosing the number of draft tokens takes time too.
         seconds = time.perf_counter() - start
 
-        # A step reads the base's cache once and the module's once a draft.
+        drafted, accepted = count_draft_tokens(steps, wanted)
+        num_draft_tokens = sum(step.drafted for step in steps) / len(steps)  # of a step, on average
+        # A step reads the base model's cache once, and the module's cache once per draft token.
         position_bytes = decoder.base_cache[:, :, 0, :, 0].nbytes
-        offered = drafts * decoder.batch
-        if drafts:
-            position_bytes += drafts / steps * decoder.module_cache[:, :, 0, :, 0].nbytes
-        positions = (before + int(decoder.lengths[0].sum())) / 2
+        if num_draft_tokens:
+            position_bytes += num_draft_tokens * decoder.module_cache[:, :, 0, :, 0].nbytes
+        positions = (positions_before + int(decoder.lengths[0].sum())) / 2
         packed = self._model.packed
         return Decoded(
             seconds,
-            steps,
-            tokens,
+            len(steps),
+            wanted,
             cache_bytes=positions * position_bytes,
-            step_bytes=packed.step_bytes(0) + drafts / steps * packed.module_bytes,
-            acceptance_rate=(tokens - steps * decoder.batch) / offered if offered else None,
+            step_bytes=packed.step_bytes(0) + num_draft_tokens * packed.module_bytes,
+            acceptance_rate=accepted / drafted if drafted else None,
         )
 
     def phases(self) -> list[dict]:
-        """Where the time of a decode step goes, in microseconds a step, the average thread's.
+        """Where the time of a decode step goes: microseconds per step of each phase, averaged over the threads.
 
-        What is left of the step after all phases is spent outside of the kernels: "call".
+        "call" is the rest of the step, the time outside the kernels.
         """
-        decoder = self._ready(self._job.new_tokens)
+        decoder = self._prefilled(self._job.new_tokens)
         _C.profile(True)
         try:
             decoded = self._run(decoder, self._job.new_tokens)
@@ -145,3 +157,18 @@ class Ours:
             }
             for part, phase, count, work, wait in rows
         ]
+
+
+def count_draft_tokens(steps: Sequence[Step], max_tokens: int) -> tuple[int, int]:
+    """(verified, accepted) draft tokens of all sequences, up to the ``max_tokens``-th new token of the batch.
+
+    Within a step the tokens count in the order of the sequences.
+    """
+    drafted = accepted = 0
+    for step in steps:
+        for sequence in range(len(step.counts)):
+            record = step.sequence(sequence).cut(max_tokens)
+            max_tokens -= len(record.tokens)
+            drafted += record.drafted
+            accepted += record.accepted
+    return drafted, accepted

@@ -1,7 +1,7 @@
-"""One contender in its own process, so that memory, thread pools and crashes are its own.
+"""One runner in its own process: memory, thread pools and crashes of one runner do not touch another.
 
-The two ends talk in lines of JSON. The parent sends the job, then "measure" or "phases" as often as it
-likes. The worker answers each; the job, once it is loaded, with what is known of the model.
+Both ends exchange lines of JSON. The parent sends the job, then any number of "measure" and "phases" requests. The worker
+answers each of them; it answers the job, once the model is loaded, with facts of the model.
 """
 
 from __future__ import annotations
@@ -15,31 +15,32 @@ from contextlib import suppress
 from typing import TextIO
 
 from recycle_ext import _C
-from recycle_ext.bench.contenders import Job
 from recycle_ext.bench.peers import open_system
+from recycle_ext.bench.runners import Job
 from recycle_ext.bench.systems import Decoded, System
 from recycle_ext.errors import RecycleError
+from recycle_ext.measuring.machine import peak_memory_bytes
 
 COMMAND = [sys.executable, "-m", "recycle_ext.bench.worker"]
 _PROBE_REPEATS = 11
 
 
-class WorkerDied(Exception):  # noqa: N818  (an event, not a mistake)
-    """The process is gone; the message is its last word."""
+class WorkerDied(Exception):  # noqa: N818  (an event, not an error of this program)
+    """The process ended; the message is the final message of the process."""
 
 
 class Worker:
-    """The parent's end of a process, which is started at once and then loads the job's model."""
+    """The parent's end: starts the process, which loads the job's model in the background."""
 
     def __init__(self, job: Job, command: list[str]) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (until close)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (close() closes the file)
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            # Ctrl-C is for the parent, which then ends the workers.
+            # Ctrl-C then reaches the parent alone, and the parent ends the workers.
             start_new_session=True,
         )
         self._send(job.as_dict())
@@ -53,24 +54,24 @@ class Worker:
         """The next answer. Raises WorkerDied."""
         line = self._process.stdout.readline()
         if not line.endswith("\n"):
-            raise WorkerDied(self._last_word())
+            raise WorkerDied(self._final_message())
         return json.loads(line)
 
     def close(self) -> None:
-        """Ends the process, whatever it is doing."""
+        """Ends the process at once."""
         self._process.kill()
         self._process.wait()
         self._process.stdout.close()
         self._errors.close()
-        with suppress(BrokenPipeError):  # something that the process did not come to read
+        with suppress(BrokenPipeError):  # the process died before it read a request
             self._process.stdin.close()
 
     def _send(self, message: dict | str) -> None:
-        with suppress(BrokenPipeError):  # there will be no answer, and that says why
+        with suppress(BrokenPipeError):  # the process died; answer() says so
             print(json.dumps(message), file=self._process.stdin, flush=True)
 
-    def _last_word(self) -> str:
-        """The last line on standard error, and the signal if one ended the process."""
+    def _final_message(self) -> str:
+        """The last line of standard error, and the signal if one ended the process."""
         status = self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").split("\n")
@@ -80,8 +81,8 @@ class Worker:
 
 
 def main() -> int:
-    """The process: answers until standard input ends."""
-    # What a library prints must not come between the answers.
+    """The worker process: answers until standard input ends."""
+    # Libraries that print to standard output must not print between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
@@ -98,7 +99,7 @@ def _serve(requests: TextIO, answers: TextIO) -> None:
 
     job = Job.from_dict(json.loads(requests.readline()))
     system = open_system(job)
-    # Once around, so that memory has been touched and threads are there.
+    # A warm-up: touches the memory and starts the threads.
     system.prefill(job.prompt[:16])
     system.decode(min(4, job.new_tokens))
     names = ("weight_bytes", "step_bytes", "standard_step_bytes", "formats")
@@ -110,7 +111,7 @@ def _serve(requests: TextIO, answers: TextIO) -> None:
             answer({"phases": system.phases()})
             continue
         first_token_seconds = system.prefill(job.prompt)
-        if not peak:  # before a probe takes a buffer as large as the model
+        if not peak:  # the first probe allocates a buffer as large as the model
             system.decode(job.new_tokens)
             peak = peak_memory_bytes()
         before = probe(job, system)
@@ -127,13 +128,13 @@ def _serve(requests: TextIO, answers: TextIO) -> None:
 
 
 def probe(job: Job, system: System) -> float:
-    """Bytes a second that this machine reads now, with the job's threads, from as much memory as the weights."""
-    _C.set_n_threads(min(job.contender.threads, _C.available_cores()))
+    """Bytes per second that the job's threads read now from a buffer as large as the weights."""
+    _C.set_n_threads(min(job.runner.threads, _C.available_cores()))
     return _C.read_bandwidth(system.weight_bytes, _PROBE_REPEATS)
 
 
 def decode_figures(decoded: Decoded, system: System, bandwidth: float) -> dict:
-    """What a decoding comes to. bandwidth: bytes a second that this machine read directly before and after."""
+    """The figures of a decoding. bandwidth: bytes per second, the mean of the probes directly before and after."""
     step_bytes = system.step_bytes if decoded.step_bytes is None else decoded.step_bytes
     read = decoded.steps * (step_bytes + decoded.cache_bytes)
     return {
@@ -145,16 +146,6 @@ def decode_figures(decoded: Decoded, system: System, bandwidth: float) -> dict:
         "roofline_fraction": read / decoded.seconds / bandwidth,
         "acceptance_rate": decoded.acceptance_rate,
     }
-
-
-def peak_memory_bytes() -> int:
-    """The most this process had in memory.
-
-    Not getrusage's ru_maxrss, in which the parent's memory counts that this process began as.
-    """
-    with open("/proc/self/status") as status:
-        (line,) = (line for line in status if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

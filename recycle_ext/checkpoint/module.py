@@ -1,4 +1,4 @@
-"""A recyclable module on disk: a directory with config.json and module.safetensors."""
+"""A recyclable module on disk: a directory with config.json and module.safetensors (docs/formats.md)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHIPPED = Path(__file__).parent.parent / "modules"
 
 @dataclass(frozen=True)
 class ModuleCheckpoint:
-    """A module. Its weights stay on disk until they are asked for."""
+    """A module. Its weights stay on disk until a tensor is read."""
 
     config: ModuleConfig
     path: str
@@ -33,20 +33,18 @@ class ModuleCheckpoint:
 
     def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         """The weights in memory, for ``reference.RecyclableModule.load_state_dict``."""
-        return {
-            name: source.to(dtype) for name, source in self.tensors.items() if name != "draft_vocab"
-        }
+        return {name: source.to(dtype) for name, source in self.tensors.items() if name != "draft_vocab"}
 
     def draft_vocab(self) -> torch.Tensor | None:
-        """Token ids the module may draft, ascending, int64 [draft_vocab_size]; None: all."""
+        """Token ids that the module can draft, ascending, int64 [draft_vocab_size]; None: all."""
         source = self.tensors.get("draft_vocab")
         return None if source is None else source.to(torch.int64)
 
 
 def open_module(path: str | Path, base: Checkpoint) -> ModuleCheckpoint:
-    """Opens the module in directory ``path``, which must have been trained for ``base``.
+    """Opens the module in directory ``path`` and checks the names and shapes of its tensors, and its draft vocabulary.
 
-    Names and shapes of all tensors are checked, and the draft vocabulary is. Raises RecycleError.
+    Raises RecycleError for a module that cannot be opened or was trained for another base.
     """
     path = Path(path)
     if not path.is_dir():
@@ -68,25 +66,21 @@ def open_module(path: str | Path, base: Checkpoint) -> ModuleCheckpoint:
     for name, source in tensors.items():
         if (source.format == "i64") != (name == "draft_vocab"):
             needed = "i64" if name == "draft_vocab" else "f32, f16 or bf16"
-            raise RecycleError(
-                f"{source.file}: tensor {name} is {source.format}; it must be {needed}"
-            )
+            raise RecycleError(f"{source.file}: tensor {name} is {source.format}; it must be {needed}")
     module = ModuleCheckpoint(config=config, path=str(path), tensors=tensors)
     if (ids := module.draft_vocab()) is not None:
         if ids[0] < 0 or ids[-1] >= config.vocab_size or not bool((ids.diff() > 0).all()):
             raise RecycleError(
-                f"{path / _WEIGHTS}: draft_vocab must hold ascending token ids "
-                f"below {config.vocab_size}"
+                f"{path / _WEIGHTS}: draft_vocab must hold ascending token ids below {config.vocab_size}"
             )
     return module
 
 
-def save_module(
-    path: str | Path, config: ModuleConfig, state_dict: dict[str, torch.Tensor]
-) -> None:
-    """Writes a module as bf16.
+def save_module(path: str | Path, config: ModuleConfig, state_dict: dict[str, torch.Tensor]) -> None:
+    """Writes a module; its weights are rounded to bf16.
 
-    state_dict: names and shapes of DESIGN section 5; ``draft_vocab`` is int64 and stays so.
+    state_dict: names and shapes of ``module_shapes(config)``; ``draft_vocab`` stays int64. Raises RecycleError for
+    other names or shapes, and where the files cannot be written.
     """
     shapes = module_shapes(config)
     given = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
@@ -104,27 +98,22 @@ def save_module(
 
 
 def write_directory(
-    path: str | Path,
-    config: dict[str, Any],
-    weights_name: str,
-    tensors: dict[str, torch.Tensor],
-    what: str,
+    path: str | Path, config: dict[str, Any], weights_name: str, tensors: dict[str, torch.Tensor], what: str
 ) -> None:
-    """Writes config.json and one safetensors file; a reader sees each of them whole, or not at all.
+    """Writes config.json and one safetensors file; a reader sees each file whole, or not at all.
 
-    what: how an error calls it.
+    what: how an error names the content. Raises RecycleError where the files cannot be written.
     """
     path = Path(path)
     text = json.dumps(config, indent=2) + "\n"
     try:
         path.mkdir(parents=True, exist_ok=True)
         weights, config_file = path / f".{weights_name}.new", path / ".config.json.new"
-        # The field that transformers asks of every file.
+        # transformers refuses files without this metadata.
         save_file(tensors, weights, metadata={"format": "pt"})
         config_file.write_text(text, "utf-8")
-        os.chmod(
-            weights, config_file.stat().st_mode
-        )  # safetensors makes files for their owner alone
+        # safetensors makes files that only their owner can read.
+        os.chmod(weights, config_file.stat().st_mode)
         for file in (weights, config_file):
             with open(file, "rb+") as stream:
                 os.fsync(stream.fileno())
@@ -135,7 +124,7 @@ def write_directory(
 
 
 def default_module(base: Checkpoint) -> Path | None:
-    """Directory of the module in this package that was trained for ``base``, if there is one."""
+    """Directory of the shipped module that was trained for ``base``; None: there is none."""
     for config_file in sorted(_SHIPPED.glob("*/config.json")):
         if read_json(config_file).get("base_fingerprint") == base.fingerprint:
             return config_file.parent

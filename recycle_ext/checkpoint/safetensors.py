@@ -15,27 +15,36 @@ _FORMATS = {"F32": ("f32", 4), "F16": ("f16", 2), "BF16": ("bf16", 2), "I64": ("
 
 
 def read_names(file: Path) -> list[str]:
-    """Names of all tensors, of whatever kind. Raises as ``read_tensors`` does."""
+    """Names of all tensors, of any dtype. Raises as ``read_tensors`` does."""
     return list(_header(file)[1])
 
 
 def read_tensors(file: Path, only: Container[str] | None = None) -> dict[str, TensorSource]:
-    """Every tensor by name. RecycleError for a file that is damaged, cut off or something else.
+    """Every tensor by name. Raises RecycleError for a damaged or truncated file, and for another kind of file.
 
-    only: read these and leave the others, which may then be of a kind that is not supported.
+    only: the names to read; the other tensors may be of a dtype that is not supported.
     """
     start, header = _header(file)
-    return {
-        name: _source(file, start, name, entry)
-        for name, entry in header.items()
-        if only is None or name in only
-    }
+    tensors = {}
+    for name, entry in header.items():
+        if only is not None and name not in only:
+            continue
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        if dtype not in _FORMATS:
+            raise RecycleError(f"{file}: tensor {name} is stored as {dtype}; F32, F16 and BF16 are supported")
+        if len(shape) not in (1, 2):
+            raise RecycleError(f"{file}: tensor {name} has shape {list(shape)}; 1 or 2 dimensions fit")
+        format, item_bytes = _FORMATS[dtype]
+        row_bytes = item_bytes * (shape[1] if len(shape) == 2 else 1)
+        offset = start + entry["data_offsets"][0]
+        tensors[name] = TensorSource(name, shape, format, file, offset, row_bytes)
+    return tensors
 
 
 def _header(file: Path) -> tuple[int, dict]:
-    """Where the first tensor starts, and the entry of each."""
+    """Byte at which the first tensor starts, and the header's entry of each tensor."""
     try:
-        # The library checks the header, and that the tensors fill the file exactly.
+        # safe_open checks the header, and that the tensors fill the file exactly, but does not return their offsets.
         with safe_open(file, framework="pt"):
             pass
         with open(file, "rb") as stream:
@@ -47,22 +56,3 @@ def _header(file: Path) -> tuple[int, dict]:
         raise RecycleError(f"{file}: cannot be read: {error.strerror or error}") from None
     header.pop("__metadata__", None)
     return 8 + size, header
-
-
-def _source(file: Path, start: int, name: str, entry: dict) -> TensorSource:
-    if entry["dtype"] not in _FORMATS:
-        raise RecycleError(
-            f"{file}: tensor {name} is stored as {entry['dtype']}; F32, F16 and BF16 are supported"
-        )
-    format, item_bytes = _FORMATS[entry["dtype"]]
-    shape = tuple(entry["shape"])
-    if len(shape) not in (1, 2):
-        raise RecycleError(f"{file}: tensor {name} has shape {list(shape)}; 1 or 2 dimensions fit")
-    return TensorSource(
-        name=name,
-        shape=shape,
-        format=format,
-        file=file,
-        offset=start + entry["data_offsets"][0],
-        row_bytes=item_bytes * (shape[1] if len(shape) == 2 else 1),
-    )

@@ -1,19 +1,17 @@
-"""Which tensors a model of given sizes has, and their shapes."""
+"""Names and shapes of the tensors of a model of given sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from recycle_ext.checkpoint.config import ModelConfig, ModuleConfig
+from recycle_ext.checkpoint.config import ModelConfig, ModuleConfig, StackConfig
 from recycle_ext.checkpoint.tensor_source import TensorSource
 from recycle_ext.errors import RecycleError
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def layer_shapes(
-    config: ModelConfig | ModuleConfig, prefix: str, input_norm: bool = True
-) -> Shapes:
+def layer_shapes(config: StackConfig, prefix: str, input_norm: bool = True) -> Shapes:
     """Tensors of one layer; ``prefix`` is "model.layers.0." or "layers.0."."""
     d, inner = config.hidden_size, config.intermediate_size
     q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -63,24 +61,20 @@ def module_shapes(config: ModuleConfig) -> Shapes:
 
 
 def check_layers(n_layers: int, tensors: Mapping[str, TensorSource], file: str) -> None:
-    """Refuses a number of layers that listing their shapes would run out of memory for."""
+    """Refuses more layers than tensors, before listing their shapes takes all memory."""
     if n_layers > len(tensors):
         raise RecycleError(f"{file}: {n_layers} layers, and only {len(tensors)} tensors")
 
 
 def check_tensors(tensors: Mapping[str, TensorSource], shapes: Shapes, file: str) -> None:
-    """Refuses a missing tensor, one that is not expected, and a wrong shape."""
+    """Refuses a missing tensor, an unexpected tensor and a wrong shape."""
     for name, shape in shapes.items():
         if name not in tensors:
-            raise RecycleError(
-                f"{file}: tensor {name} is missing; its shape would be {list(shape)}"
-            )
+            raise RecycleError(f"{file}: tensor {name} is missing; its shape would be {list(shape)}")
         if (given := tensors[name].shape) != shape:
             raise RecycleError(
                 f"{tensors[name].file}: tensor {name} has shape {list(given)}; "
                 f"the sizes of the model ask for {list(shape)}"
             )
     if unknown := sorted(tensors.keys() - shapes.keys()):
-        raise RecycleError(
-            f"{tensors[unknown[0]].file}: tensor {unknown[0]} has no place in this architecture"
-        )
+        raise RecycleError(f"{tensors[unknown[0]].file}: tensor {unknown[0]} has no place in this architecture")

@@ -1,42 +1,18 @@
-"""A tensor that is still in its file: what it is, and its rows on demand."""
+"""A tensor that is still in its file: its shape and format, and its rows on demand."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from recycle_ext.errors import RecycleError
 
 FLOAT_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-# Values and bytes of one block, as GGUF stores it.
+# Values and bytes of one block, as GGUF stores the block.
 BLOCKS = {"q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20)}
-
-
-def read_bytes(file: Path, offset: int, size: int) -> torch.Tensor:
-    """``size`` bytes of ``file`` from ``offset``, uint8 [size].
-
-    Read, not mapped: mapped pages would count as memory in use beside the packed weights.
-    """
-    data = torch.empty(size, dtype=torch.uint8)
-    view = memoryview(data.numpy())
-    try:
-        with open(file, "rb", buffering=0) as stream:
-            stream.seek(offset)
-            done = 0
-            while done < size:
-                # The operating system may hand over less than was asked for (2 GiB at most on Linux).
-                count = stream.readinto(view[done:])
-                if not count:
-                    raise RecycleError(
-                        f"{file}: the file ends at byte {offset + done}, "
-                        f"{size - done} bytes before the end of a tensor"
-                    )
-                done += count
-    except OSError as error:
-        raise RecycleError(f"{file}: cannot be read: {error.strerror}") from None
-    return data
 
 
 @dataclass(frozen=True)
@@ -46,22 +22,22 @@ class TensorSource:
     name: str
     shape: tuple[int, ...]
     # "f32" | "f16" | "bf16" | "q8_0" | "q4_0" | "q4_1", or "i64" for lists of token ids. Other GGUF
-    # types are dequantised on reading and say "f32".
+    # types are dequantized on reading and say "f32".
     format: str
     file: Path
     offset: int  # in bytes, of the first row
     row_bytes: int
-    # Number of the GGUF type when rows have to be dequantised on reading.
+    # Number of the GGUF type that is dequantized on reading.
     ggml_type: int | None = None
     # llama.cpp stores the rows of q and k of each head in the order 0, h/2, 1, h/2 + 1, ... (h is this
     # number, the head size), for its interleaved RoPE. 0: rows are in Hugging Face's order.
     interleaved_head_dim: int = 0
 
     def raw_rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows start..stop - 1 as they are stored.
+        """Rows start..stop - 1 as stored.
 
-        Float formats: [rows, n_in] (a vector: [rows]) of that dtype. Block formats: uint8
-        [rows, row_bytes], the blocks of GGUF untouched.
+        Float formats: [rows, n_in] (a vector: [rows]) of that dtype. Block formats: uint8 [rows, row_bytes], the
+        blocks of GGUF untouched. Raises RecycleError where the file cannot be read.
         """
         data = self._stored_rows(start, stop)
         if self.ggml_type is not None:
@@ -80,31 +56,42 @@ class TensorSource:
 
     def to(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The whole tensor."""
-        if self.format in BLOCKS:
-            return self.float_rows(0, self.shape[0]).to(dtype)
-        return self.raw_rows(0, self.shape[0]).to(dtype)
+        read = self.float_rows if self.format in BLOCKS else self.raw_rows
+        return read(0, self.shape[0]).to(dtype)
 
     def _stored_rows(self, start: int, stop: int) -> torch.Tensor:
         """uint8 [stop - start, row_bytes], in Hugging Face's order of rows."""
-        if not 0 <= start <= stop <= self.shape[0]:
-            raise IndexError(f"{self.name}: rows {start}..{stop} of {self.shape[0]}")
         size = self.interleaved_head_dim
         if not size:
-            data = read_bytes(
-                self.file, self.offset + start * self.row_bytes, (stop - start) * self.row_bytes
-            )
-            return data.view(-1, self.row_bytes)
+            return self._read(start, stop)
         first, last = start // size * size, -(-stop // size) * size
-        data = read_bytes(
-            self.file, self.offset + first * self.row_bytes, (last - first) * self.row_bytes
-        )
-        heads = data.view(-1, size // 2, 2, self.row_bytes).transpose(1, 2)
+        heads = self._read(first, last).view(-1, size // 2, 2, self.row_bytes).transpose(1, 2)
         return heads.reshape(-1, self.row_bytes)[start - first : stop - first].contiguous()
+
+    def _read(self, start: int, stop: int) -> torch.Tensor:
+        """uint8 [stop - start, row_bytes], in the file's order of rows.
+
+        Rows are read, not mapped: pages of a mapped file count as memory in use beside the packed weights, and a
+        safe_open for each read doubles the time that a model takes to load.
+        """
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise IndexError(f"{self.name}: rows {start}..{stop} of {self.shape[0]}")
+        offset, size = self.offset + start * self.row_bytes, (stop - start) * self.row_bytes
+        try:
+            data = np.fromfile(self.file, np.uint8, size, offset=offset)
+        except OSError as error:
+            raise RecycleError(f"{self.file}: cannot be read: {error.strerror}") from None
+        if len(data) < size:
+            raise RecycleError(
+                f"{self.file}: the file ends at byte {offset + len(data)}, "
+                f"{size - len(data)} bytes before the end of a tensor"
+            )
+        return torch.from_numpy(data).view(-1, self.row_bytes)
 
 
 def _dequantized(rows: torch.Tensor, ggml_type: int) -> torch.Tensor:
     """uint8 [rows, row_bytes] of a GGUF type -> float32 [rows, n_in]."""
-    # Imported here: it takes 0.2 s, and most models never need it.
+    # Imported here: the import takes 0.2 s, and most models never need it.
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 

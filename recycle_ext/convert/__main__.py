@@ -1,4 +1,4 @@
-"""python -m recycle_ext.convert: a head of another project becomes a module, and a module an EAGLE-1 head."""
+"""python -m recycle_ext.convert: converts a head of another project to a module, and a module to an EAGLE-1 head."""
 
 from __future__ import annotations
 
@@ -39,19 +39,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "source",
-        metavar="SOURCE",
-        help="directory or hub id with the head; for --to eagle a module",
-    )
+    add("source", metavar="SOURCE", help="directory or hub id with the head; for --to eagle a module")
     add("--base", required=True, help=".gguf file, Hugging Face directory or hub id of its base")
     add("--output", required=True, metavar="DIR", help="a new directory, or an empty one")
-    add(
-        "--to",
-        choices=["module", "eagle"],
-        default="module",
-        help="what to write (default: module)",
-    )
+    add("--to", choices=["module", "eagle"], default="module", help="what to write (default: module)")
     add(
         "--hidden-state",
         choices=["after-norm", "before-norm"],
@@ -63,18 +54,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def convert(options: argparse.Namespace) -> list[str]:
-    """Writes what was asked for; returns the lines to print."""
+    """Writes the module or the EAGLE-1 head; returns the lines to print. Raises RecycleError."""
     output = Path(options.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RecycleError(f"--output {output} is there and not empty: give a new directory")
+        raise RecycleError(f"--output {output} exists and is not empty: give a new directory")
     path = local_path(options.source)[0]
     source = Source(path)
     is_module = source.fields.values.get("model_type") == "recycle_module"
     if is_module != (options.to == "eagle"):
         raise RecycleError(
-            f"{path}: is a module already; --to eagle makes an EAGLE-1 head of it"
+            f"{path}: is a module already; --to eagle converts it to an EAGLE-1 head"
             if is_module
-            else f"{path}: --to eagle starts from a module, and this is none"
+            else f"{path}: --to eagle starts from a module, and this is not one"
         )
     base = open_checkpoint(options.base)
     if is_module:

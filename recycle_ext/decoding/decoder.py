@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recycle_ext import _C
 from recycle_ext.decoding.cuda_graph import GraphedStep
-from recycle_ext.decoding.draft_policy import DraftPolicy, Experience
+from recycle_ext.decoding.draft_policy import DraftPolicy, StepHistory
 from recycle_ext.decoding.kv_cache import CACHE_DTYPES, row_elements
 from recycle_ext.decoding.step import SequenceStep, Step
 from recycle_ext.errors import RecycleError
@@ -24,10 +24,45 @@ MODES = {"standard": 0, "verify": 1, "alternate": 2}
 AUTO = "auto"
 
 
-def check_drafts(drafts: int | str) -> None:
-    """Raises RecycleError unless it is 1 to 4 or "auto"."""
-    if drafts != AUTO and not (isinstance(drafts, int) and 1 <= drafts <= _C.MAX_DRAFTS):
-        raise RecycleError(f"drafts is {drafts!r}; it must be 1 to {_C.MAX_DRAFTS}, or {AUTO}")
+def _check(
+    model: PackedModel,
+    mode: str,
+    drafts: int | str,
+    batch: int,
+    capacity: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    n_seeds: int,
+    cache_dtype: torch.dtype,
+) -> None:
+    """Raises RecycleError for the first of the decoder's arguments that is out of range."""
+    max_drafts, context = _C.MAX_DRAFTS, model.config.max_position_embeddings
+    if mode not in MODES:
+        raise RecycleError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}")
+    if mode != "standard" and model.module_config is None:
+        raise RecycleError(f"mode is {mode!r}, which needs a module, and none is loaded")
+    if drafts != AUTO and not (isinstance(drafts, int) and 1 <= drafts <= max_drafts):
+        raise RecycleError(f"drafts is {drafts!r}; it must be 1 to {max_drafts}, or {AUTO}")
+    if drafts == AUTO and mode == "alternate":
+        raise RecycleError(
+            "drafts is 'auto', which mode 'alternate' can't have: there all drafts count, so their number "
+            "decides how good the text is; give 1 to 4, or use verify"
+        )
+    if not 1 <= capacity <= context:
+        raise RecycleError(f"capacity is {capacity}; this model's context has 1 to {context}")
+    if batch < 1 or n_seeds != batch:
+        raise RecycleError(f"batch is {batch} and there are {n_seeds} seeds")
+    if cache_dtype not in CACHE_DTYPES.values():
+        raise RecycleError(f"cache_dtype is {cache_dtype}; it must be float32, bfloat16 or int8")
+    if model.weights.is_cuda and cache_dtype == torch.int8:
+        raise RecycleError("cache_dtype is int8; on a GPU it must be float32 or bfloat16")
+    if not 0 <= temperature < math.inf:
+        raise RecycleError(f"temperature is {temperature}; it must be 0 (greedy) or a positive number")
+    if not 0 <= top_k < 2**63:
+        raise RecycleError(f"top_k is {top_k}; it must be 0 (all tokens) or positive")
+    if not 0 < top_p <= 1:
+        raise RecycleError(f"top_p is {top_p}; it must be in (0, 1]")
 
 
 class Decoder:
@@ -64,83 +99,36 @@ class Decoder:
         seeds: Sequence[int] | None = None,
         cache_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        if mode not in MODES:
-            raise RecycleError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}")
-        if mode != "standard" and model.module_config is None:
-            raise RecycleError(f"mode is {mode!r}, which needs a module, and none is loaded")
-        check_drafts(drafts)
-        if drafts == AUTO and mode == "alternate":
-            raise RecycleError(
-                "drafts is 'auto', which mode 'alternate' can't have: there all drafts count, so their number "
-                "decides how good the text is; give 1 to 4, or use verify"
-            )
-        context = model.config.max_position_embeddings
         if capacity is None:
-            capacity = min(2048, context)
-        if not 1 <= capacity <= context:
-            raise RecycleError(f"capacity is {capacity}; this model's context has 1 to {context}")
+            capacity = min(2048, model.config.max_position_embeddings)
         if seeds is None:
             seeds = range(batch)
-        if batch < 1 or len(seeds) != batch:
-            raise RecycleError(f"batch is {batch} and there are {len(seeds)} seeds")
-        if cache_dtype not in CACHE_DTYPES.values():
-            raise RecycleError(
-                f"cache_dtype is {cache_dtype}; it must be float32, bfloat16 or int8"
-            )
-        device = model.weights.device
-        if device.type == "cuda" and cache_dtype == torch.int8:
-            raise RecycleError("cache_dtype is int8; on a GPU it must be float32 or bfloat16")
-        if not 0 <= temperature < math.inf:
-            raise RecycleError(
-                f"temperature is {temperature}; it must be 0 (greedy) or a positive number"
-            )
-        if not 0 <= top_k < 2**63:
-            raise RecycleError(f"top_k is {top_k}; it must be 0 (all tokens) or positive")
-        if not 0 < top_p <= 1:
-            raise RecycleError(f"top_p is {top_p}; it must be in (0, 1]")
-        self.model = model
-        self.mode = mode
+        _check(model, mode, drafts, batch, capacity, temperature, top_k, top_p, len(seeds), cache_dtype)
+        self.model, self.mode, self.batch, self.capacity = model, mode, batch, capacity
         self.policy: DraftPolicy | None = None
-        self._max_draft_tokens = (
-            0 if mode == "standard" else _C.MAX_DRAFTS if drafts == AUTO else drafts
-        )
-        if mode != "standard" and drafts == AUTO:
-            self.policy = DraftPolicy(self._experience(batch, temperature == 0))
-        self.num_draft_tokens = (
-            self._max_draft_tokens if self.policy is None else self.policy.choose()
-        )
-        self.batch = batch
-        self.capacity = capacity
         greedy = temperature == 0
-        # The last step writes rows past the last token that counts.
-        rows = capacity + _C.positions_needed(self._max_draft_tokens)
-
-        def cache(config) -> Tensor:
-            size = row_elements(cache_dtype, config.head_dim)
-            shape = (config.n_layers, 2, batch, config.n_kv_heads, rows, size)
-            zeros = torch.zeros(shape, dtype=cache_dtype, device=device)
-            if device.type == "cpu":
-                # The system has not mapped these zeros yet, so it can still choose the size of the pages.
-                _C.use_huge_pages(zeros.view(torch.uint8).numpy())
-            return zeros
-
-        def integers(*shape: int) -> Tensor:
-            return torch.full(shape, -1, dtype=torch.int64, device=device)
-
-        self.base_cache = cache(model.config)
-        self.module_cache = (
-            cache(model.module_config) if self._max_draft_tokens else torch.empty(0, device=device)
-        )
+        if mode == "standard":
+            max_draft_tokens = 0
+        elif drafts == AUTO:
+            max_draft_tokens = _C.MAX_DRAFTS
+            self.policy = DraftPolicy(self._step_history(batch, greedy))
+        else:
+            max_draft_tokens = drafts
+        self._max_draft_tokens = max_draft_tokens
+        self.num_draft_tokens = max_draft_tokens if self.policy is None else self.policy.choose()
+        device = model.weights.device
+        self.base_cache = self._new_cache(model.config, cache_dtype)
+        self.module_cache = torch.empty(0, device=device)
+        if max_draft_tokens:
+            self.module_cache = self._new_cache(model.module_config, cache_dtype)
         self.lengths = torch.zeros(2, batch, dtype=torch.int64, device=device)
-        # For the widest step; a narrower one's are their first elements.
-        self._all_pending = integers(batch * (self._max_draft_tokens + 1))
+        # Room for the maximum; a step with fewer draft tokens uses the first elements.
+        self._all_pending = torch.full((batch * (max_draft_tokens + 1),), -1, dtype=torch.int64, device=device)
         self._probs_size = model.draft_vocab_size if mode == "verify" and not greedy else 0
-        self._all_draft_probs = torch.empty(
-            batch * self._max_draft_tokens * self._probs_size, device=device
-        )
+        self._all_draft_probs = torch.empty(batch * max_draft_tokens * self._probs_size, device=device)
         self.pending, self.draft_probs = self._views(self.num_draft_tokens)
         self.scratch = torch.empty(0, dtype=torch.uint8, device=device)
-        self._scratch_threads = 0  # that the scratch has room for
+        self._scratch_threads = 0  # the number of threads that the scratch has room for
         self._sampling = (
             float(temperature),
             int(top_k),
@@ -148,14 +136,23 @@ class Decoder:
             torch.tensor([seed % 2**63 for seed in seeds], dtype=torch.int64, device=device),
         )
         self._on_gpu = model.weights.is_cuda
-        self._graphs: dict[int, GraphedStep] = {}  # by drafts
+        self._graphs: dict[int, GraphedStep] = {}  # by the number of draft tokens
         self.steps = 0
 
-    def _experience(self, batch: int, greedy: bool) -> Experience:
+    def _new_cache(self, config, dtype: torch.dtype) -> Tensor:
+        """Zeros for the stack of layers that ``config`` describes."""
+        # The last step writes rows past the last token that counts.
+        rows = self.capacity + _C.positions_needed(self._max_draft_tokens)
+        shape = (config.n_layers, 2, self.batch, config.n_kv_heads, rows, row_elements(dtype, config.head_dim))
+        cache = torch.zeros(shape, dtype=dtype, device=self.model.weights.device)
+        if cache.is_cpu:
+            # The system has not mapped these zeros yet, so it can still choose the size of the pages.
+            _C.use_huge_pages(cache.view(torch.uint8).numpy())
+        return cache
+
+    def _step_history(self, batch: int, greedy: bool) -> StepHistory:
         """What decoders of this model share, for this batch, sampling and number of threads."""
-        return self.model.shared.setdefault(
-            (batch, greedy, _C.n_threads()), Experience(_C.MAX_DRAFTS)
-        )
+        return self.model.shared.setdefault((batch, greedy, _C.n_threads()), StepHistory(_C.MAX_DRAFTS))
 
     def _views(self, num_draft_tokens: int) -> tuple[Tensor, Tensor]:
         """pending [batch, n + 1] and draft_probs [batch, n, draft vocabulary], for n draft tokens."""
@@ -215,11 +212,7 @@ class Decoder:
                 self.scratch = torch.empty(size, dtype=torch.uint8, device=model.weights.device)
         elif (threads := _C.n_threads()) != self._scratch_threads:
             needed = _C.scratch_bytes(
-                model.plan.numpy(),
-                model.weights.numpy(),
-                self.batch,
-                self._max_draft_tokens,
-                self._sampling[0] == 0,
+                model.plan.numpy(), model.weights.numpy(), self.batch, self._max_draft_tokens, self._sampling[0] == 0
             )
             self.scratch = torch.empty(needed, dtype=torch.uint8)
             self._scratch_threads = threads
@@ -240,8 +233,7 @@ class Decoder:
         """Reads a prompt (token ids) into ``sequence``, from its start; returns the first new token."""
         if len(prompt) >= self.capacity:
             raise RecycleError(
-                f"the prompt has {len(prompt)} tokens; there is room for {self.capacity}, "
-                "new tokens included"
+                f"the prompt has {len(prompt)} tokens; there is room for {self.capacity}, new tokens included"
             )
         self._forget_steps(sequence)
         ids = torch.tensor(prompt, dtype=torch.int64, device="cpu")
@@ -342,10 +334,7 @@ class Decoder:
             graph.forget(sequence)
 
     def decode(
-        self,
-        prompt: Sequence[int],
-        max_new_tokens: int | None = None,
-        end_tokens: Collection[int] = (),
+        self, prompt: Sequence[int], max_new_tokens: int | None = None, end_tokens: Collection[int] = ()
     ) -> Iterator[SequenceStep]:
         """Prefill and decode steps of one sequence (batch 1), until an end token or ``max_new_tokens``.
 
@@ -368,9 +357,7 @@ class Decoder:
                 return
             begin = time.perf_counter()
             step = next(steps).sequence()
-            record = dataclasses.replace(step, seconds=time.perf_counter() - begin).cut(
-                left, end_tokens
-            )
+            record = dataclasses.replace(step, seconds=time.perf_counter() - begin).cut(left, end_tokens)
 
     def stream(self, prompt: Sequence[int]) -> Iterator[int]:
         """Token ids after the prompt, one by one, until the capacity is reached (batch 1)."""

@@ -34,10 +34,7 @@ class SequenceStep:
         if max_tokens > self.drafted:
             return self
         return SequenceStep(
-            self.tokens[:max_tokens],
-            min(self.drafted, max_tokens),
-            min(self.accepted, max_tokens),
-            self.seconds,
+            self.tokens[:max_tokens], min(self.drafted, max_tokens), min(self.accepted, max_tokens), self.seconds
         )
 
 

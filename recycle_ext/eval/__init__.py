@@ -1,5 +1,5 @@
-"""python -m recycle_ext.eval: what a module is worth, on prompts of several kinds.
+"""python -m recycle_ext.eval: acceptance, speed and quality of a module on prompts of several kinds.
 
-`prompts` and `cloze` are what is asked (prompts.jsonl, cloze.jsonl), `decoding` runs a mode and counts, `likelihood` reads
-text under the base, `measure` puts these in a row, `bootstrap` gives the intervals, `report` and `plot` show what came out.
+`prompts` and `cloze` read the tasks (prompts.jsonl, cloze.jsonl), `decoding` runs a mode, `likelihood` scores text under the
+base model, `measure` runs all of these, `intervals` gives confidence intervals, `report` and `plot` show the results.
 """

@@ -11,71 +11,65 @@ from pathlib import Path
 import torch
 
 from recycle_ext import _C
-from recycle_ext.bench.plot import check_plot
-from recycle_ext.bench.report import machine
 from recycle_ext.checkpoint.base_model import Checkpoint, open_checkpoint
 from recycle_ext.checkpoint.module import default_module
 from recycle_ext.command_line import exit_status, names, numbers
 from recycle_ext.errors import RecycleError
-from recycle_ext.eval import bootstrap, cloze, likelihood
+from recycle_ext.eval import cloze, intervals, likelihood
 from recycle_ext.eval import prompts as prompt_files
 from recycle_ext.eval.decoding import setups
-from recycle_ext.eval.measure import (
-    add_likelihoods,
-    encode_cloze,
-    encode_prompts,
-    run_cloze,
-    run_prompts,
-)
+from recycle_ext.eval.measure import add_likelihoods, encode_cloze, encode_prompts, run_cloze, run_prompts
 from recycle_ext.eval.plot import plot
 from recycle_ext.eval.prompts import Prompt, categories, first_of_each, read_prompts
 from recycle_ext.eval.report import heading, summaries, tables
 from recycle_ext.generate.model import Model
 from recycle_ext.generate.options import add_model_options, model_of
-
-_WARM_UP_TOKENS = 8
+from recycle_ext.measuring.extras import require
+from recycle_ext.measuring.machine import machine
+from recycle_ext.measuring.plots import check_plot
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, described by --help."""
     parser = argparse.ArgumentParser(
         prog="python -m recycle_ext.eval",
-        description="Measures what a module is worth: acceptance, speed and quality of the modes on prompts of "
-        "several kinds, and accuracy on a cloze set. Without PROMPT or --prompts: on the prompts of this package.",
+        description="Measures a module: acceptance, speed and quality of the modes on prompts of several kinds, and "
+        "accuracy on a cloze set. Without PROMPT and --prompts: on the prompts of this package.",
     )
     parser.add_argument("prompt", metavar="PROMPT", nargs="*", help="texts to continue")
     parser.add_argument(
         "--prompts",
         metavar="FILE",
         type=Path,
-        help='a prompt a line; or .jsonl, lines of {"prompt": text, "category": text, "chat": true}',
+        help='one prompt per line; or .jsonl, lines of {"prompt": text, "category": text, "chat": true}',
     )
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="your prompts are messages: use the model's chat template",
-    )
-    parser.add_argument("--only", metavar="LIST", help="these categories (default: all)")
-    parser.add_argument("--limit", type=int, metavar="N", help="prompts a category (default: all)")
+    parser.add_argument("--chat", action="store_true", help="your prompts are messages: use the model's chat template")
+    parser.add_argument("--only", metavar="LIST", help="categories to run (default: all)")
+    parser.add_argument("--limit", type=int, metavar="N", help="prompts per category (default: all)")
     add_model_options(parser)
     parser.add_argument(
         "--drafts",
         default="1",
         metavar="LIST",
-        help="tokens the module guesses a step, 1 to 4; several, as 1,2,3, are run one by one (default: 1)",
+        help="draft tokens per step, 1 to 4; several, as 1,2,3, run one after another (default: 1)",
     )
+    _add_measurement_options(parser)
+    return parser.parse_args(arguments)
+
+
+def _add_measurement_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument(
         "--quality",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="read the texts under the base in plain PyTorch (default: yes)",
+        help="score the texts under the base model in plain PyTorch (default: yes)",
     )
     parser.add_argument(
         "--reference-dtype",
         choices=likelihood.DTYPES,
         default="f32",
-        help="of that base; bf16 takes half the memory (default: f32)",
+        help="of that base model; bf16 takes half the memory (default: f32)",
     )
     parser.add_argument(
         "--cloze",
@@ -90,15 +84,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar=("TEXT", "FILE"),
         nargs=2,
         type=Path,
-        help="only make such a file of the paragraphs of a text",
+        help="only write such a file, made of the paragraphs of a text",
     )
-    parser.add_argument("--json", metavar="FILE", help="write everything, prompt by prompt too")
+    parser.add_argument("--json", metavar="FILE", help="write all figures, also those of each prompt")
     parser.add_argument("--plot", metavar="FILE.png", help="draw bar charts (needs matplotlib)")
-    return parser.parse_args(arguments)
 
 
 def chosen_prompts(options: argparse.Namespace) -> list[Prompt]:
-    """The prompts that the options ask for."""
+    """The prompts that the options select."""
     found = [Prompt(text, chat=options.chat) for text in options.prompt]
     if options.prompts is not None:
         found += read_prompts(options.prompts, options.chat)
@@ -117,7 +110,7 @@ def chosen_prompts(options: argparse.Namespace) -> list[Prompt]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuses what cannot be before anything is loaded."""
+    """Raises RecycleError for impossible options, before anything is loaded."""
     for name in ("limit", "max_new_tokens"):
         if (value := getattr(options, name)) is not None and value < 1:
             flag = "--" + name.replace("_", "-")
@@ -125,6 +118,8 @@ def check(options: argparse.Namespace) -> None:
     for flag, file in (("--json", options.json), ("--plot", options.plot)):
         if file is not None and not Path(file).absolute().parent.is_dir():
             raise RecycleError(f"{flag} {file}: there is no directory {Path(file).parent}")
+    require("tabulate", "python -m recycle_ext.eval")
+    require("scipy", "python -m recycle_ext.eval")
     if options.plot is not None:
         check_plot(options.plot)
 
@@ -146,16 +141,13 @@ def run(options: argparse.Namespace) -> int:
             "`python -m recycle_ext.train` makes one"
         )
     if options.threads is not None:
-        torch.set_num_threads(_C.n_threads())  # for the base in plain PyTorch
+        torch.set_num_threads(_C.n_threads())  # of the base model in plain PyTorch
     limit, cache_dtype = options.max_new_tokens, options.cache_dtype
     encoded = encode_prompts(model, prompts, limit)
     asked = None if items is None else encode_cloze(model, items)
     requests = sum(prompt.chat for prompt in prompts)
     if requests and model.tokenizer.chat_template is None:
-        print(
-            f"this model has no chat template: {requests} requests are given as plain text",
-            file=sys.stderr,
-        )
+        print(f"this model has no chat template: {requests} requests run as plain text", file=sys.stderr)
 
     modes = setups(drafts)
     rows = run_prompts(model, prompts, encoded, modes, limit, cache_dtype)
@@ -180,17 +172,15 @@ def run(options: argparse.Namespace) -> int:
         "prompts": rows,
     }
     show(report, options)
-    return said_of_differences(rows)
+    return report_differences(rows)
 
 
-def settings(
-    options: argparse.Namespace, drafts: list[int], checkpoint: Checkpoint, model: Model
-) -> dict:
-    """What the figures depend on besides the machine and the prompts."""
+def settings(options: argparse.Namespace, drafts: list[int], checkpoint: Checkpoint, model: Model) -> dict:
+    """The settings that the figures depend on, besides the machine and the prompts."""
     return {
-        "model": checkpoint.path,
+        "model": Path(checkpoint.path).name,
         "model_name": checkpoint.config.name,
-        "module": str(options.module or default_module(checkpoint)),
+        "module": Path(options.module or default_module(checkpoint)).name,
         "formats": model.packed.formats,
         "dtype": options.dtype,
         "module_dtype": options.module_dtype,
@@ -201,9 +191,9 @@ def settings(
         "drafts": drafts,
         "max_new_tokens": options.max_new_tokens,
         "chat_template": model.tokenizer.chat_template is not None,
-        "bootstrap_level": bootstrap.LEVEL,
-        "bootstrap_resamples": bootstrap.RESAMPLES,
-        "bootstrap_seed": bootstrap.SEED,
+        "bootstrap_level": intervals.LEVEL,
+        "bootstrap_resamples": intervals.RESAMPLES,
+        "bootstrap_seed": intervals.SEED,
     }
 
 
@@ -219,18 +209,15 @@ def show(report: dict, options: argparse.Namespace) -> None:
         plot(report, heading(report), options.plot)
 
 
-def said_of_differences(rows: Sequence[dict]) -> int:
-    """The exit status: 1 if verify once wrote what standard did not, which is then said."""
+def report_differences(rows: Sequence[dict]) -> int:
+    """The exit status: 1, with a message, if a text of verify differs from standard's."""
     wrong = [
-        (name, row["prompt"])
-        for row in rows
-        for name, run in row["runs"].items()
-        if not run.get("identical", True)
+        (name, row["prompt"]) for row in rows for name, run in row["runs"].items() if not run.get("identical", True)
     ]
     if wrong:
         name, prompt = wrong[0]
         print(
-            f"error: {len(wrong)} texts of verify are not standard's; the first: {name} on {prompt!r}",
+            f"error: {len(wrong)} texts of verify differ from standard's; the first: {name} on {prompt!r}",
             file=sys.stderr,
         )
     return 1 if wrong else 0

@@ -1,8 +1,8 @@
-"""The next words of held-out text: how often a mode writes what the author wrote.
+"""The cloze set: how often a mode writes the next words of a held-out text.
 
-cloze.jsonl is made from Herman Melville's Moby-Dick (1851, in the public domain), by `--make-cloze`. A base may have
-read the book when it was trained itself; no module of ours was trained on it. Both modes know the same base, so their
-difference is what the drafts cost either way. A file of your own text is made by the same option.
+`--make-cloze` made cloze.jsonl of Herman Melville's Moby-Dick (1851, in the public domain), and makes a file of any other
+text. A base model may have been trained on the book; no shipped module was. Both modes use the same base model, so the
+difference of their accuracies is the cost of unverified draft tokens.
 """
 
 from __future__ import annotations
@@ -22,24 +22,22 @@ from recycle_ext.text.tokenizer import Tokenizer
 SHIPPED = Path(__file__).parent / "cloze.jsonl"
 CONTEXT_WORDS = 40
 NEXT_WORDS = 2
-MOST_ITEMS = (
-    640  # of a file that is made: what reads in a minute or two with a small model on two cores
-)
+MAX_ITEMS = 640  # of a file that --make-cloze writes: a minute or two for a small model on two cores
 _SENTENCE_END = re.compile(r"[.?!]\W*$")
 
 
 @dataclass(frozen=True)
 class Cloze:
-    """A set of items. source: where the text is from, in words."""
+    """A set of items. source: the title of the text. items: (context, continuation)."""
 
     source: str
-    items: list[tuple[str, str]]  # context, continuation
+    items: list[tuple[str, str]]
 
 
 def read_cloze(file: Path) -> Cloze:
-    """A .jsonl file of {"context": text, "continuation": text}, and of {"source": text} at its beginning if you like.
+    """Reads a .jsonl file of {"context": text, "continuation": text}, optionally with a first line {"source": text}.
 
-    Raises RecycleError for a file that is not so.
+    Raises RecycleError for another content.
     """
     source, items = file.name, []
     kinds = {"context": str, "continuation": str, "source": str}
@@ -57,10 +55,11 @@ def read_cloze(file: Path) -> Cloze:
 
 
 def make_cloze(text: str) -> list[tuple[str, str]]:
-    """Items from prose with empty lines between paragraphs; none overlap, and they are spread evenly over the text.
+    """At most MAX_ITEMS items from prose with empty lines between paragraphs, without overlap, evenly spread over the text.
 
-    An item starts with a sentence. After CONTEXT_WORDS words come the first NEXT_WORDS that are all of letters
-    (the last may have punctuation after it, which is cut off); a paragraph that has none soon is left out.
+    An item starts with a sentence and has at least CONTEXT_WORDS words of context. The continuation is the first
+    NEXT_WORDS words after that which consist of letters alone, apart from punctuation after the last one, which is cut off.
+    A paragraph without such words within eight words gives no item.
     """
     found = []
     for paragraph in re.split(r"\n\s*\n", text):
@@ -73,12 +72,12 @@ def make_cloze(text: str) -> list[tuple[str, str]]:
             start = end
             while start < len(words) and not _SENTENCE_END.search(words[start - 1]):
                 start += 1
-    count = min(MOST_ITEMS, len(found))
+    count = min(MAX_ITEMS, len(found))
     return [found[index * len(found) // count] for index in range(count)]
 
 
 def _cut(words: Sequence[str], start: int) -> int | None:
-    """Where the context of an item that starts at ``start`` may end."""
+    """The end of the context of an item that starts at word ``start``; None if there is no item."""
     first = start + CONTEXT_WORDS
     for cut in range(first, min(first + 8, len(words) - NEXT_WORDS + 1)):
         *all_but_last, last = words[cut : cut + NEXT_WORDS]
@@ -88,12 +87,13 @@ def _cut(words: Sequence[str], start: int) -> int | None:
 
 
 def write_cloze(text_file: Path, file: Path) -> int:
-    """Makes a cloze file of a text file; returns the number of items. Raises RecycleError."""
+    """Writes a cloze file made of a text file; returns the number of items.
+
+    Raises RecycleError if the text gives no items, or a file cannot be read or written.
+    """
     items = make_cloze(read_text(text_file))
     if not items:
-        raise RecycleError(
-            f"{text_file}: gives no items; it needs paragraphs of more than {CONTEXT_WORDS} words"
-        )
+        raise RecycleError(f"{text_file}: gives no items; it needs paragraphs of more than {CONTEXT_WORDS} words")
     lines = [{"source": text_file.name}]
     lines += [{"context": context, "continuation": following} for context, following in items]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -105,8 +105,9 @@ def write_cloze(text_file: Path, file: Path) -> int:
 
 
 def encode(cloze: Cloze, tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
-    """Token ids of contexts and continuations, of the items that can be asked of this tokenizer: those where the
-    continuation starts a token and has two or more. Alternate mode's first token is the base's; the second is a draft.
+    """Token ids of (context, continuation), for the items whose continuation starts a token and has at least two.
+
+    Two, because alternate mode's first token is the base model's and the second is a draft token.
     """
     found = []
     for context, continuation in cloze.items:
@@ -116,10 +117,8 @@ def encode(cloze: Cloze, tokenizer: Tokenizer) -> list[tuple[list[int], list[int
     return found
 
 
-def right_tokens(
-    decoder: Decoder, items: Sequence[tuple[list[int], list[int]]]
-) -> Iterator[list[bool]]:
-    """For each item, which of the continuation's tokens greedy decoding writes in their places."""
+def right_tokens(decoder: Decoder, items: Sequence[tuple[list[int], list[int]]]) -> Iterator[list[bool]]:
+    """For each item, which tokens of the continuation equal the greedily decoded ones at the same positions."""
     for context, continuation in items:
         written = decode(decoder, context, len(continuation), ()).token_ids
         yield [a == b for a, b in zip(written, continuation, strict=True)]

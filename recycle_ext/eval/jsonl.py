@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, which a user may have written by hand."""
+"""Files of one JSON object per line, possibly written by hand."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def read_text(file: Path) -> str:
 
 
 def read_objects(file: Path, kinds: dict[str, type]) -> Iterator[tuple[str, dict]]:
-    """The objects of a file, each with where it stands ("file:line"); empty lines are left out.
+    """The objects of a file, each with its place ("file:line"); empty lines are skipped.
 
-    kinds: the names that an object may have, and the type of each value. Raises RecycleError for anything else.
+    kinds: the allowed keys, and the type of each value. Raises RecycleError for anything else.
     """
-    # Not splitlines(), which also ends a line at characters that JSON allows in a string.
+    # Not splitlines(): that also splits at characters that JSON allows within a string.
     for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue

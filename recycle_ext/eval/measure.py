@@ -1,4 +1,4 @@
-"""The measuring: every prompt in every mode, then the texts under the base, then the cloze set."""
+"""The measurements: every prompt in every mode, then the texts under the base model, then the cloze set."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def make_decoder(model: Model, setup: Setup, capacity: int, cache_dtype: str | N
             capacity=capacity,
             cache_dtype=CACHE_DTYPES.get(cache_dtype, model.cache_dtype),
         )
-    except RuntimeError as error:  # torch's allocator
+    except RuntimeError as error:  # from torch's allocator
         raise RecycleError(f"no memory for a cache of {capacity} tokens: {error}") from None
 
 
 def encode_prompts(model: Model, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
-    """Token ids of the prompts, which must leave room for the new tokens in the model's context."""
+    """Token ids of the prompts. Raises RecycleError if a prompt leaves no room for the new tokens in the context."""
     context = model.packed.config.max_position_embeddings
     encoded = []
     for prompt in prompts:
@@ -59,21 +59,19 @@ def run_prompts(
     max_new_tokens: int,
     cache_dtype: str | None = None,
 ) -> list[dict]:
-    """Every prompt in every mode, which take turns at each prompt, so that the machine's moods hit all alike.
+    """Runs every prompt in every mode, interleaved at each prompt so that noise hits all modes alike.
 
-    encoded: the prompts' token ids. setups: standard first. Returns for each prompt what --json writes of it; its "runs"
-    are, by the setup's name, the fields of ``decoding.Run`` and the text.
+    encoded: the prompts' token ids. setups: standard first. Returns the object of each prompt in --json; the object's
+    "runs" hold, by the setup's name, the fields of ``decoding.Run`` and the text.
     """
     ends = model.tokenizer.eos_token_ids
     capacity = max(map(len, encoded)) + max_new_tokens
     decoders = {setup: make_decoder(model, setup, capacity, cache_dtype) for setup in setups}
-    for (
-        decoder
-    ) in decoders.values():  # once around, so that memory has been touched and threads are there
+    for decoder in decoders.values():  # a warm-up: touches the memory and starts the threads
         decode(decoder, encoded[0], min(_WARM_UP_TOKENS, max_new_tokens), ends)
     rows = []
-    turns = list(zip(prompts, encoded, rounds(setups, len(prompts)), strict=True))
-    for prompt, ids, order in tqdm(turns, unit=" prompts", leave=False):
+    interleaved = list(zip(prompts, encoded, rounds(setups, len(prompts)), strict=True))
+    for prompt, ids, order in tqdm(interleaved, unit=" prompts", leave=False):
         runs = {setup: decode(decoders[setup], ids, max_new_tokens, ends) for setup in order}
         standard = runs[setups[0]].token_ids
         row = {
@@ -97,56 +95,48 @@ def run_prompts(
 
 
 def add_likelihoods(
-    base: BaseModel,
-    rows: Sequence[dict],
-    encoded: Sequence[list[int]],
-    setups: Sequence[Setup],
+    base: BaseModel, rows: Sequence[dict], encoded: Sequence[list[int]], setups: Sequence[Setup]
 ) -> None:
-    """Adds to the runs in ``rows`` what the base says of the texts of standard and alternate mode.
+    """Adds to the runs of standard and alternate mode in ``rows`` the scores of their texts under the base model.
 
     log_likelihood_nats_per_token: the text's mean; None for an empty text. In alternate mode also draft_tokens, and
-    of them draft_tokens_agreeing, those that the base would have written after the same text; the same of base_tokens.
+    draft_tokens_agreeing, the number of them that are the base model's argmax there; base_tokens alike.
     """
-    judged = [
+    scored = [
         (setup, ids, row["runs"][setup.name])
         for row, ids in zip(rows, encoded, strict=True)
         for setup in setups
-        if setup.mode != "verify"  # standard's text once more
+        if setup.mode != "verify"  # verify's text is standard's
     ]
-    texts = [(ids, run["token_ids"]) for _, ids, run in judged]
+    texts = [(ids, run["token_ids"]) for _, ids, run in scored]
     read = tqdm(likelihood.read(base, texts), total=len(texts), unit=" texts", leave=False)
-    for (setup, _, run), (log_likelihoods, picks) in zip(judged, read, strict=True):
+    for (setup, _, run), (log_likelihoods, argmax) in zip(scored, read, strict=True):
         tokens = torch.tensor(run["token_ids"], dtype=torch.int64)
         mean = float(log_likelihoods.mean()) if len(tokens) else None
         run["log_likelihood_nats_per_token"] = mean
         if setup.mode == "alternate":
-            # The first token is the base's; then come the drafts and one more of the base's, step after step.
+            # The prefill gives a token of the base model; each step gives the draft tokens, then one more of the base model.
             is_base = torch.arange(len(tokens)) % (setup.drafts + 1) == 0
             for name, chosen in (("base", is_base), ("draft", ~is_base)):
                 run[f"{name}_tokens"] = int(chosen.sum())
-                run[f"{name}_tokens_agreeing"] = int((tokens == picks)[chosen].sum())
+                run[f"{name}_tokens_agreeing"] = int((tokens == argmax)[chosen].sum())
 
 
 def encode_cloze(model: Model, items: cloze.Cloze) -> list[tuple[list[int], list[int]]]:
-    """Token ids of the contexts and continuations that can be asked of this model."""
+    """Token ids of the contexts and continuations that suit this model. Raises RecycleError if none does."""
     asked = cloze.encode(items, model.tokenizer)
     if not asked:
         raise RecycleError(f"{items.source}: this tokenizer makes two tokens of no continuation")
     longest = max(len(context) + len(following) for context, following in asked)
-    if longest > (most := model.packed.config.max_position_embeddings):
-        raise RecycleError(
-            f"{items.source}: an item has {longest} tokens; this model's context is {most}"
-        )
+    if longest > (limit := model.packed.config.max_position_embeddings):
+        raise RecycleError(f"{items.source}: an item has {longest} tokens; this model's context is {limit}")
     return asked
 
 
 def run_cloze(
-    model: Model,
-    asked: Sequence[tuple[list[int], list[int]]],
-    setups: Sequence[Setup],
-    cache_dtype: str | None = None,
+    model: Model, asked: Sequence[tuple[list[int], list[int]]], setups: Sequence[Setup], cache_dtype: str | None = None
 ) -> dict[str, list[dict]]:
-    """The accuracies of standard and alternate mode, by alternate's number of drafts."""
+    """The accuracies of standard and alternate mode, by alternate's number of draft tokens."""
     capacity = max(len(context) + len(following) for context, following in asked)
     right = {}
     for setup in setups:

@@ -1,4 +1,4 @@
-"""What the modes are run on: the prompts of this package, or the user's."""
+"""The prompts that the modes run on: those of this package, or the user's."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from recycle_ext.errors import RecycleError
 from recycle_ext.eval.jsonl import read_objects, read_text
 from recycle_ext.text.tokenizer import Tokenizer
 
-# Eight of each category, written for this file. None is among what modules are trained on
-# (recycle_ext/train/prompts.txt); who adds to either keeps it so.
+# Eight prompts per category, written for this file. The file shares no prompt with the training prompts
+# (recycle_ext/train/prompts.txt), so that acceptance is measured on unseen text.
 SHIPPED = Path(__file__).parent / "prompts.jsonl"
 _UNNAMED = "prompts"  # the category of prompts that come without one
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue, or a request to answer."""
+    """A text to continue, or a request to answer.
+
+    chat: the text is a user's message for the model's chat template. where: the place of the prompt, for error messages.
+    """
 
     text: str
     category: str = _UNNAMED
-    chat: bool = False  # a user's message, for the model's chat template
-    where: str = "PROMPT"  # for error messages
+    chat: bool = False
+    where: str = "PROMPT"
 
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise RecycleError(f"{self.where}: the prompt is empty")
 
     def encode(self, tokenizer: Tokenizer) -> list[int]:
-        """Token ids. A request to a model without a chat template is given as plain text."""
+        """Token ids. Without a chat template in the model, a request becomes plain text."""
         if self.chat and tokenizer.chat_template is not None:
             messages = [{"role": "user", "content": self.text}]
             return tokenizer.encode(tokenizer.apply_chat_template(messages), add_bos=False)
@@ -38,10 +41,10 @@ class Prompt:
 
 
 def read_prompts(file: Path, chat: bool = False) -> list[Prompt]:
-    """A .jsonl file of {"prompt": text, "category": text, "chat": true or false}, the last two as you like;
-    any other file: a prompt a line, empty lines left out.
+    """Reads a .jsonl file of {"prompt": text, "category": text, "chat": true or false}, the last two keys optional;
+    any other file has one prompt per line, and empty lines are skipped.
 
-    chat: for the prompts that don't say. Raises RecycleError for a file that is not so.
+    chat: for prompts without the key. Raises RecycleError for another content.
     """
     if file.suffix == ".jsonl":
         prompts = []
@@ -63,14 +66,12 @@ def read_prompts(file: Path, chat: bool = False) -> list[Prompt]:
 
 
 def categories(prompts: Sequence[Prompt]) -> list[str]:
-    """Their names, in the order in which they come."""
+    """The names of the categories, in the order of their first prompts."""
     return list(dict.fromkeys(prompt.category for prompt in prompts))
 
 
 def first_of_each(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     """The first ``count`` prompts of each category."""
     return [
-        prompt
-        for category in categories(prompts)
-        for prompt in [p for p in prompts if p.category == category][:count]
+        prompt for category in categories(prompts) for prompt in [p for p in prompts if p.category == category][:count]
     ]

@@ -60,8 +60,7 @@ def generate(
     context = model.packed.config.max_position_embeddings
     if len(prompt) >= context:
         raise RecycleError(
-            f"the prompt has {len(prompt)} tokens; this model's context is {context}, "
-            "new tokens included"
+            f"the prompt has {len(prompt)} tokens; this model's context is {context}, new tokens included"
         )
     max_new_tokens = min(max_new_tokens, context - len(prompt))
     try:
@@ -77,9 +76,7 @@ def generate(
             cache_dtype=CACHE_DTYPES[cache_dtype] if cache_dtype else model.cache_dtype,
         )
     except RuntimeError as error:  # torch's allocator
-        raise RecycleError(
-            f"no memory for a cache of {len(prompt) + max_new_tokens} tokens: {error}"
-        ) from None
+        raise RecycleError(f"no memory for a cache of {len(prompt) + max_new_tokens} tokens: {error}") from None
     return Generation(model, decoder, prompt, max_new_tokens)
 
 

@@ -22,44 +22,40 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         prog="python -m recycle_ext.generate",
         description="Continues a prompt with a Llama-family model and its recyclable module.",
     )
-    parser.add_argument(
-        "prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input"
-    )
+    add = parser.add_argument
+    add("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
     add_model_options(parser)
-    parser.add_argument(
+    add(
         "--mode",
         choices=MODES,
-        help="standard: the base model alone; verify: the same tokens, faster; alternate: the module's "
-        "tokens always count (default: verify if there is a module)",
+        help="standard: the base model alone; verify: the same tokens, faster; alternate: the module's tokens always "
+        "count (default: verify if there is a module)",
     )
-    parser.add_argument(
+    add(
         "--drafts",
         type=number_of_drafts,
         default=1,
         metavar="K",
-        help="tokens the module guesses a step, 1 to 4 (default: 1), or auto: 0 to 4 as it pays, in verify mode; "
-        "with a temperature a seed then no longer repeats its text",
+        help="draft tokens per step, 1 to 4 (default: 1), or auto: 0 to 4, chosen by measured speed, in verify mode; with "
+        "auto and a temperature a seed does not repeat its text",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, help="0: all tokens (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1: all tokens (default)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--chat", action="store_true", help="the prompt is a message: use the model's chat template"
-    )
-    parser.add_argument(
+    add("--max-new-tokens", type=int, default=256, metavar="N")
+    add("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    add("--top-k", type=int, default=0, help="0: all tokens (default)")
+    add("--top-p", type=float, default=1.0, help="1: all tokens (default)")
+    add("--seed", type=int, default=0)
+    add("--chat", action="store_true", help="the prompt is a message: use the model's chat template")
+    add(
         "--stats",
         action=argparse.BooleanOptionalAction,
-        default=None,
         help="figures on standard error at the end (default: on a terminal)",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+    add("--json", action="store_true", help="one JSON object and nothing else")
     return parser.parse_args(arguments)
 
 
 def figures(statistics: Statistics, read_bandwidth: float) -> str:
-    """A few aligned lines. read_bandwidth: bytes a second that this machine reads."""
+    """A few aligned lines. read_bandwidth: bytes per second that this machine reads."""
     s = statistics
     prefill_rate = s.prompt_tokens / s.prefill_seconds if s.prefill_seconds else 0.0
     lines = [
@@ -68,9 +64,9 @@ def figures(statistics: Statistics, read_bandwidth: float) -> str:
         f"{s.tokens_per_second:8.1f} tokens/s  ({s.mode})",
     ]
     if s.acceptance_rate is not None:
-        saved = s.decoded_tokens - s.steps
+        saved = max(s.decoded_tokens - s.steps, 0)
         lines += [
-            f"acceptance  {s.acceptance_rate:6.1%} of {s.offered_drafts} drafts",
+            f"acceptance  {s.acceptance_rate:6.1%} of {s.offered_drafts} draft tokens",
             f"base steps  {s.steps:6d} for {s.decoded_tokens} tokens: {saved} saved",
         ]
     share = s.gigabytes_per_second * 1e9 / read_bandwidth
@@ -81,25 +77,14 @@ def figures(statistics: Statistics, read_bandwidth: float) -> str:
     return "\n".join(lines)
 
 
+_JSON_KEYS = """prompt_tokens new_tokens mode drafts steps acceptance_rate prefill_seconds decode_seconds
+tokens_per_second weight_bytes gigabytes_per_second""".split()
+
+
 def json_object(generation: Generation) -> dict:
-    """What --json prints."""
+    """The object that --json prints."""
     values = generation.statistics.as_dict()
-    names = [
-        "prompt_tokens",
-        "new_tokens",
-        "mode",
-        "drafts",
-        "steps",
-        "acceptance_rate",
-        "prefill_seconds",
-        "decode_seconds",
-        "tokens_per_second",
-        "weight_bytes",
-        "gigabytes_per_second",
-    ]
-    return {"text": generation.text, "token_ids": generation.token_ids} | {
-        name: values[name] for name in names
-    }
+    return {"text": generation.text, "token_ids": generation.token_ids} | {key: values[key] for key in _JSON_KEYS}
 
 
 def run(options: argparse.Namespace) -> int:

@@ -64,9 +64,7 @@ class Generation(Iterator[str]):
     not among them.
     """
 
-    def __init__(
-        self, model: Model, decoder: Decoder, prompt: Sequence[int], max_new_tokens: int
-    ) -> None:
+    def __init__(self, model: Model, decoder: Decoder, prompt: Sequence[int], max_new_tokens: int) -> None:
         self.text = ""
         self.token_ids: list[int] = []
         self.statistics = Statistics(
@@ -104,9 +102,7 @@ class Generation(Iterator[str]):
         """The prefill's record and each step's, counted in the statistics."""
         statistics = self.statistics
         try:
-            records = self._decoder.decode(
-                self._prompt, self._max_new_tokens, self._model.tokenizer.eos_token_ids
-            )
+            records = self._decoder.decode(self._prompt, self._max_new_tokens, self._model.tokenizer.eos_token_ids)
             first = next(records)
             statistics.prefill_seconds = first.seconds
             yield first

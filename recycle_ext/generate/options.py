@@ -13,10 +13,7 @@ from recycle_ext.generate.model import Model, load
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that ``load`` takes, and --cache-dtype."""
     add = parser.add_argument
-    add(
-        "--model",
-        help=".gguf file, Hugging Face directory or hub id (default: SmolLM2-135M-Instruct)",
-    )
+    add("--model", help=".gguf file, Hugging Face directory or hub id (default: SmolLM2-135M-Instruct)")
     add("--module", help="directory of a module, or none (default: the one shipped for the model)")
     add("--dtype", choices=DTYPES, help="weights in memory (default: a GGUF's own, else bf16)")
     add(
@@ -24,25 +21,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         help="the module's weights (default: f32 for a float32 model, else as it was trained, else q8)",
     )
-    add(
-        "--cache-dtype",
-        choices=CACHE_DTYPES,
-        help="keys and values (default: f32 for a float32 model, else bf16)",
-    )
+    add("--cache-dtype", choices=CACHE_DTYPES, help="keys and values (default: f32 for a float32 model, else bf16)")
     add("--threads", type=int, help="default, and at most: the cores this process may use")
     add("--device", default="cpu", help="cpu (default), or an NVIDIA GPU: cuda, cuda:1, ...")
 
 
 def model_of(options: argparse.Namespace) -> Model:
     """The model that the options of ``add_model_options`` name."""
-    return load(
-        options.model,
-        options.module,
-        options.dtype,
-        options.threads,
-        options.device,
-        options.module_dtype,
-    )
+    return load(options.model, options.module, options.dtype, options.threads, options.device, options.module_dtype)
 
 
 def number_of_drafts(text: str) -> int | str:

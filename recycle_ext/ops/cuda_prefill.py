@@ -33,19 +33,13 @@ def run_layers(stack: Stack, cache: Tensor, sequence: int, first: int, x: Tensor
         normed = rms_norm(x, layer.input_norm, stack.eps)
         heads = [
             _add_bias(matrix.linear(normed), bias).view(len(x), -1, stack.head_dim).transpose(0, 1)
-            for matrix, bias in (
-                (layer.q, layer.q_bias),
-                (layer.k, layer.k_bias),
-                (layer.v, layer.v_bias),
-            )
+            for matrix, bias in ((layer.q, layer.q_bias), (layer.k, layer.k_bias), (layer.v, layer.v_bias))
         ]
         q = apply_rope(rms_norm(heads[0], layer.q_norm, stack.eps), cos, sin)
         held[0, :, first:end] = apply_rope(rms_norm(heads[1], layer.k_norm, stack.eps), cos, sin)
         held[1, :, first:end] = heads[2]
         # Not cuDNN's, which makes a plan for each new length.
-        with sdpa_kernel(
-            [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        ):
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             attended = F.scaled_dot_product_attention(
                 q[None].to(held.dtype),
                 held[None, 0, :, :end],
@@ -65,11 +59,7 @@ def _add_bias(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def fill_caches(
-    model: ModelView,
-    base_cache: Tensor,
-    module_cache: Tensor | None,
-    sequence: int,
-    prompt: Tensor,
+    model: ModelView, base_cache: Tensor, module_cache: Tensor | None, sequence: int, prompt: Tensor
 ) -> None:
     """Keys and values of all of a prompt [n] but its last token, from position 0; the module's too, if asked."""
     for first in range(0, len(prompt) - 1, ROWS_PER_PASS):
@@ -84,13 +74,7 @@ def fill_caches(
         if module.zero_first_embedding and first == 0:
             embedding[0] = 0
         eps = module.stack.eps
-        pair = torch.cat(
-            (
-                rms_norm(embedding, module.embed_norm, eps),
-                rms_norm(hidden, module.hidden_norm, eps),
-            ),
-            -1,
-        )
+        pair = torch.cat((rms_norm(embedding, module.embed_norm, eps), rms_norm(hidden, module.hidden_norm, eps)), -1)
         x = _add_bias(module.input_proj.linear(pair), module.input_bias)
         run_layers(module.stack, module_cache, sequence, first, x)
 
@@ -118,16 +102,12 @@ def prefill(
     if not 0 <= sequence < len(pending):
         raise ValueError(f"prefill: sequence is {sequence}; it must be 0 to {len(pending) - 1}")
     if prompt.dim() != 1 or prompt.dtype != torch.int64 or not len(prompt):
-        raise ValueError(
-            f"prefill: prompt is {prompt.dtype} {list(prompt.shape)}; it must be int64 [1 or more tokens]"
-        )
+        raise ValueError(f"prefill: prompt is {prompt.dtype} {list(prompt.shape)}; it must be int64 [1 or more tokens]")
     capacity = base_cache.shape[4]
     if num_draft_tokens:
         capacity = min(capacity, module_cache.shape[4])
     if len(prompt) + max(num_draft_tokens - 1, 0) > capacity:
-        raise ValueError(
-            f"prefill: prompt has {len(prompt)} tokens, but the caches have room for {capacity} positions"
-        )
+        raise ValueError(f"prefill: prompt has {len(prompt)} tokens, but the caches have room for {capacity} positions")
     on_gpu = prompt.to(weights.device)
     model = read_plan(weights, plan)
     if int(prompt.min()) < 0 or int(prompt.max()) >= model.embedding.n:
@@ -156,6 +136,4 @@ def prefill(
     if int(counts[sequence]) < 0:
         pending[sequence] = -1
         lengths[:, sequence] = 0
-        raise RuntimeError(
-            f"prefill: a logit is NaN or infinite (sequence {sequence}, position {len(prompt) - 1})"
-        )
+        raise RuntimeError(f"prefill: a logit is NaN or infinite (sequence {sequence}, position {len(prompt) - 1})")

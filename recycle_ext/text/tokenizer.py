@@ -1,43 +1,40 @@
-"""Text to token ids and back, and the model's chat format.
+"""Text to token ids and back.
 
-The work is the ``tokenizers`` library's. A Hugging Face directory brings its tokenizer.json; a GGUF
-file brings vocabulary and merges and names the rule that splits text into words ("pre"), from which
-the same tokenizer is built here.
+The work is the ``tokenizers`` library's. A Hugging Face model brings tokenizer.json; a GGUF file brings vocabulary
+and merges and names the rule that splits text into words ("pre"), from which the same tokenizer is built here.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from recycle_ext.checkpoint.config import ModelConfig
-from recycle_ext.checkpoint.gguf import GgufHeader
-from recycle_ext.checkpoint.json_file import read_json
 from recycle_ext.errors import RecycleError
+from recycle_ext.text import chat_template as chat
+from recycle_ext.text.stream import TextStream
 
 # Words, numbers, runs of punctuation and of white space, as Llama 3 and Qwen 2 split them.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Kinds of tokens in GGUF's tokenizer.ggml.token_type.
-_CONTROL, _USER_DEFINED = 3, 4
+_DIGITS = {"llama-bpe": "{1,3}", "qwen2": ""}  # digits that make one word
+# Token types in GGUF's tokenizer.ggml.token_type (llama.h, enum llama_token_type).
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A model's tokenizer. ``from_directory`` and ``from_gguf`` make one."""
+    """A model's tokenizer. ``from_json`` and ``from_gguf`` make one."""
 
     backend: Backend = field(repr=False)
-    eos_token_ids: tuple[int, ...]
     vocab_size: int  # rows of the model's embedding
+    eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     adds_bos: bool  # whether a prompt starts with bos_token_id
     chat_template: str | None = field(repr=False)  # Jinja source
@@ -45,17 +42,16 @@ class Tokenizer:
     special_tokens: dict[str, str] = field(default_factory=dict, repr=False)
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
-        """Token ids of ``text``; special tokens written out in it become their own ids.
+        """Token ids of ``text``; special tokens written out in the text become their own ids.
 
-        add_bos: start with the begin-of-text token; None: as the model was trained. Say False for
-        the text of a chat template, which writes its own.
+        add_bos: whether to start with the begin-of-text token; None: as the model was trained; False for the text
+        of a chat template, which writes its own. Raises RecycleError for text that is not valid UTF-8 and for ids
+        outside the model's vocabulary.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise RecycleError(
-                f"the text is not valid UTF-8: character {error.start} cannot be encoded"
-            ) from None
+            raise RecycleError(f"the text is not valid UTF-8: character {error.start} cannot be encoded") from None
         ids = self.backend.encode(text, add_special_tokens=False).ids
         if (self.adds_bos if add_bos is None else add_bos) and self.bos_token_id is not None:
             ids.insert(0, self.bos_token_id)
@@ -68,56 +64,37 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        """Text of ``ids`` without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def stream(self, after: Sequence[int] = ()) -> TextStream:
-        """For ids that come one by one, as the continuation of the ids ``after``."""
+        """Decodes ids that come one by one, as the continuation of the ids ``after``."""
         return TextStream(self.decode, after)
 
     def apply_chat_template(self, messages: list[dict[str, str]]) -> str:
         """The prompt of a chat, up to where the assistant's answer starts.
 
-        messages: [{"role": "user" | "system" | "assistant", "content": text}, ...]
+        messages: [{"role": "user" | "system" | "assistant", "content": text}, ...]. Raises RecycleError where the
+        model has no chat template, or its template refuses the messages.
         """
         if self.chat_template is None:
             raise RecycleError("this model has no chat template; give it plain text instead")
-        return _render(self.chat_template, messages, self.special_tokens)
+        return chat.render(self.chat_template, messages, self.special_tokens)
 
 
-class TextStream:
-    """Turns ids into text as they come. A character spread over several tokens comes out whole."""
+def from_json(
+    file: Path,
+    config: dict[str, Any],
+    chat_template: str | None,
+    vocab_size: int,
+    eos_token_ids: tuple[int, ...],
+    bos_token_id: int | None,
+) -> Tokenizer:
+    """From the tokenizer.json of a Hugging Face model and the model's other files.
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], after: Sequence[int]) -> None:
-        self._decode = decode
-        # A few tokens back are enough to know how the next one is written, with or without a space.
-        self._ids = list(after[-4:])
-        self._window = 0  # where decoding starts
-        self._shown = len(self._ids)  # up to where text has come out
-
-    def push(self, token_id: int) -> str:
-        """The text that is certain now, often "" or one word."""
-        self._ids.append(token_id)
-        text = self._new_text()
-        if not text or text.endswith("\ufffd"):
-            return ""
-        self._window, self._shown = self._shown, len(self._ids)
-        return text
-
-    def flush(self) -> str:
-        """What is left at the end; half a character comes out as U+FFFD."""
-        text = self._new_text()
-        self._window = self._shown = len(self._ids)
-        return text
-
-    def _new_text(self) -> str:
-        shown = self._decode(self._ids[self._window : self._shown])
-        return self._decode(self._ids[self._window :])[len(shown) :]
-
-
-def from_directory(path: Path, model: ModelConfig) -> Tokenizer:
-    """From tokenizer.json, tokenizer_config.json and chat_template.jinja of a Hugging Face directory."""
-    file = path / "tokenizer.json"
+    config: the parsed tokenizer_config.json. chat_template: the text of chat_template.jinja; None: ``config`` may
+    have one. The others: the model's. Raises RecycleError for a missing or damaged tokenizer.json.
+    """
     if not file.is_file():
         raise RecycleError(f"{file}: missing; the tokenizer is read from this file only")
     try:
@@ -126,14 +103,11 @@ def from_directory(path: Path, model: ModelConfig) -> Tokenizer:
         raise RecycleError(f"{file}: not a tokenizer: {error}") from None
     backend.no_truncation()
     backend.no_padding()
-    config_file = path / "tokenizer_config.json"
-    config = read_json(config_file) if config_file.is_file() else {}
     special_tokens = {
         key: value["content"] if isinstance(value, dict) else value
         for key, value in config.items()
         if key.endswith("_token") and isinstance(value, (str, dict)) and value
     }
-    bos_token_id = model.bos_token_id
     if "bos_token" in special_tokens:
         bos_token_id = backend.token_to_id(special_tokens["bos_token"])
     adds_bos = config.get("add_bos_token")
@@ -141,83 +115,85 @@ def from_directory(path: Path, model: ModelConfig) -> Tokenizer:
         adds_bos = bos_token_id in backend.encode("").ids
     return Tokenizer(
         backend=backend,
-        eos_token_ids=model.eos_token_ids,
-        vocab_size=model.vocab_size,
+        vocab_size=vocab_size,
+        eos_token_ids=eos_token_ids,
         bos_token_id=bos_token_id,
         adds_bos=adds_bos,
-        chat_template=_directory_chat_template(path, config),
+        chat_template=chat.template_in(config) if chat_template is None else chat_template,
         special_tokens=special_tokens,
     )
 
 
-def from_gguf(header: GgufHeader, model: ModelConfig) -> Tokenizer:
-    """From the metadata of a GGUF file."""
+class GgufMetadata(Protocol):
+    """The header of a GGUF file, as ``from_gguf`` reads it (checkpoint.gguf_header.GgufHeader)."""
+
+    file: Path
+    get: Callable[..., Any]  # (key, type, default) -> value
+    strings: Callable[[str], list[str]]  # key -> array
+    numbers: Callable[[str, int], list[Any]]  # (key, length) -> array
+    token_id: Callable[[str], int | None]  # "bos", "eos", ...
+
+
+def from_gguf(metadata: GgufMetadata, vocab_size: int, eos_token_ids: tuple[int, ...]) -> Tokenizer:
+    """From the metadata of a GGUF file; ``vocab_size`` and ``eos_token_ids`` are the model's.
+
+    Raises RecycleError for a tokenizer that is not supported, and for missing or damaged metadata.
+    """
     prefix = "tokenizer.ggml."
-    kind = header.get(prefix + "model", str)
-    tokens: list[str] = header.strings(prefix + "tokens")
-    kinds = header.numbers(prefix + "token_type", len(tokens))
-    if kind == "gpt2":
-        pre = header.get(prefix + "pre", str, "default")
-        merges = [tuple(merge.split(" ", 1)) for merge in header.strings(prefix + "merges")]
-        backend = _byte_level(header.file, pre, tokens, merges)
+    model = metadata.get(prefix + "model", str)
+    tokens: list[str] = metadata.strings(prefix + "tokens")
+    kinds = metadata.numbers(prefix + "token_type", len(tokens))
+    if model == "gpt2":
+        pre = metadata.get(prefix + "pre", str, "default")
+        merges = [tuple(merge.split(" ", 1)) for merge in metadata.strings(prefix + "merges")]
+        backend = _byte_level(metadata.file, pre, tokens, merges)
         adds_bos = pre == "llama-bpe"
-    elif kind == "llama":
-        scores = header.numbers(prefix + "scores", len(tokens))
-        unknown = header.token_id("unknown")
-        add_space = header.get(prefix + "add_space_prefix", bool, True)
+    elif model == "llama":
+        scores = metadata.numbers(prefix + "scores", len(tokens))
+        unknown = metadata.token_id("unknown")
+        add_space = metadata.get(prefix + "add_space_prefix", bool, True)
         backend = _sentencepiece(tokens, kinds, scores, unknown, add_space)
         adds_bos = True
     else:
-        raise RecycleError(
-            f"{header.file}: tokenizer {kind!r} is not supported; gpt2 and llama are"
-        )
-    added = zip(tokens, kinds, strict=True)
+        raise RecycleError(f"{metadata.file}: tokenizer {model!r} is not supported; gpt2 and llama are")
     backend.add_tokens(
         [
             AddedToken(text, normalized=False, special=kind == _CONTROL)
-            for text, kind in added
+            for text, kind in zip(tokens, kinds, strict=True)
             if kind in (_CONTROL, _USER_DEFINED)
         ]
     )
     special_tokens = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-        if (token_id := header.token_id(name)) is not None:
+        if (token_id := metadata.token_id(name)) is not None:
             special_tokens[f"{key}_token"] = tokens[token_id]
     return Tokenizer(
         backend=backend,
-        eos_token_ids=model.eos_token_ids,
-        vocab_size=model.vocab_size,
-        bos_token_id=header.token_id("bos"),
-        adds_bos=header.get(prefix + "add_bos_token", bool, adds_bos),
-        chat_template=header.get("tokenizer.chat_template", str, "") or None,
+        vocab_size=vocab_size,
+        eos_token_ids=eos_token_ids,
+        bos_token_id=metadata.token_id("bos"),
+        adds_bos=metadata.get(prefix + "add_bos_token", bool, adds_bos),
+        chat_template=metadata.get("tokenizer.chat_template", str, "") or None,
         special_tokens=special_tokens,
     )
 
 
 def _byte_level(file: Path, pre: str, tokens: list[str], merges: list[tuple[str, ...]]) -> Backend:
-    """Byte-level BPE (GPT-2 and what came after it)."""
-    words: list[pre_tokenizers.PreTokenizer]
-    if pre in ("gpt-2", "default"):
-        words = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    elif pre == "smollm":
-        words = [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    elif pre in ("llama-bpe", "qwen2"):
-        pattern = _WORDS.format(digits="{1,3}" if pre == "llama-bpe" else "")
-        words = [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    else:
+    """Byte-level BPE (GPT-2, Llama 3, Qwen 2)."""
+    if pre not in ("gpt-2", "default", "smollm", *_DIGITS):
         raise RecycleError(
             f"{file}: the tokenizer's pre-tokenizer {pre!r} is not supported; "
             "smollm, llama-bpe, qwen2, gpt-2 and default are"
         )
+    words = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in _DIGITS)]
+    if pre == "smollm":
+        words.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    if pre in _DIGITS:
+        pattern = Regex(_WORDS.format(digits=_DIGITS[pre]))
+        words.insert(0, pre_tokenizers.Split(pattern, "isolated"))
     vocab = {text: index for index, text in enumerate(tokens)}
     try:
-        # Llama 3 takes a word that is a token as it is, without going through the merges.
+        # Llama 3 does not merge the parts of a word that is in the vocabulary.
         model = models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe")
     except Exception as error:  # tokenizers raises nothing more specific
         raise RecycleError(f"{file}: the tokenizer's merges are damaged: {error}") from None
@@ -230,17 +206,14 @@ def _byte_level(file: Path, pre: str, tokens: list[str], merges: list[tuple[str,
 
 
 def _sentencepiece(
-    tokens: list[str],
-    kinds: Sequence[int],
-    scores: Sequence[float],
-    unknown: int | None,
-    add_space: bool,
+    tokens: list[str], kinds: Sequence[int], scores: Sequence[float], unknown: int | None, add_space: bool
 ) -> Backend:
-    """SentencePiece's BPE with bytes for what the vocabulary lacks (Llama 1 and 2, Mistral)."""
+    """SentencePiece's BPE, with byte tokens for characters outside the vocabulary (Llama 1 and 2, Mistral)."""
     vocab = {text: index for index, text in enumerate(tokens)}
-    plain = {text for text, kind in zip(tokens, kinds, strict=True) if kind not in (2, 3, 5, 6)}
-    # SentencePiece joins the two neighbours whose union has the best score: a merge for every way
-    # to put a token together, best score first.
+    never_merged = (_UNKNOWN, _CONTROL, _UNUSED, _BYTE)
+    plain = {text for text, kind in zip(tokens, kinds, strict=True) if kind not in never_merged}
+    # SentencePiece joins the two neighbours whose union has the best score: every split of a token in two tokens
+    # is a merge, the best score first.
     merges = []
     for text in plain:
         for cut in range(1, len(text)):
@@ -265,50 +238,3 @@ def _sentencepiece(
     backend.normalizer = normalizers.Sequence(spaces)
     backend.decoder = decoders.Sequence(text_of)
     return backend
-
-
-def _directory_chat_template(path: Path, tokenizer_config: dict[str, Any]) -> str | None:
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text("utf-8")
-    template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):
-        # Several templates, by name.
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    return template
-
-
-def _render(
-    template: str, messages: Iterable[dict[str, str]], special_tokens: dict[str, str]
-) -> str:
-    """Renders a chat template as transformers does (utils/chat_template_utils.py)."""
-    # Imported here: only chats need it.
-    import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(
-        value: Any, ensure_ascii: bool = False, indent: int | None = None, **options
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    try:
-        return environment.from_string(template).render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            **special_tokens,
-        )
-    except jinja2.TemplateError as error:
-        raise RecycleError(f"the model's chat template refuses these messages: {error}") from None

@@ -63,10 +63,7 @@ class PackedModel:
 
 
 def pack_model(
-    base: Checkpoint,
-    module: ModuleCheckpoint | None = None,
-    dtype: str | None = None,
-    module_dtype: str | None = None,
+    base: Checkpoint, module: ModuleCheckpoint | None = None, dtype: str | None = None, module_dtype: str | None = None
 ) -> PackedModel:
     """Reads a checkpoint, and a module's, into packed weights.
 
@@ -170,27 +167,19 @@ def describe(
     )
 
 
-def _format(
-    source: TensorSource, base: Checkpoint, dtype: str | None, is_head: bool = False
-) -> str:
+def _format(source: TensorSource, base: Checkpoint, dtype: str | None, is_head: bool = False) -> str:
     """The format that one of the base's matrices is packed in; ``is_head``: the output head or the embedding."""
     if dtype is not None and is_head:
         return DTYPES[dtype][1]
     if dtype is not None:
         # A 4-bit matrix is not quantized again to the other 4-bit format.
-        return (
-            source.format
-            if dtype == "q4" and source.format in ("q4_0", "q4_1")
-            else DTYPES[dtype][0]
-        )
+        return source.format if dtype == "q4" and source.format in ("q4_0", "q4_1") else DTYPES[dtype][0]
     if not base.path.endswith(".gguf"):
         return "bf16"
     return "f16" if source.ggml_type is not None else source.format
 
 
-def _module_dtype(
-    base: Checkpoint, module: ModuleConfig, dtype: str | None, module_dtype: str | None
-) -> str:
+def _module_dtype(base: Checkpoint, module: ModuleConfig, dtype: str | None, module_dtype: str | None) -> str:
     """The module's dtype where ``module_dtype`` may leave it open.
 
     8 bits draft as well as 16. Fewer cost acceptance, unless the module was trained for them.

@@ -6,6 +6,7 @@ reads it in C++. Here are its one writer and its one reader in Python, which sha
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -80,11 +81,11 @@ class PlanWriter:
         self._weights = weights
 
     def header(self, has_module: bool) -> None:
-        """Magic, version, length (see ``finish``) and whether there is a module."""
+        """Magic, version, length and whether there is a module."""
         self.numbers(_C.PLAN_MAGIC, _C.PLAN_VERSION, 0, int(has_module))
 
     def finish(self) -> None:
-        """Fills in the table's length."""
+        """Fills in the length of the table."""
         self.entries[2] = len(self.entries)
 
     def numbers(self, *numbers: int) -> None:
@@ -113,9 +114,7 @@ class PlanWriter:
         """The entry of a vector that is not there."""
         self.numbers(_ABSENT)
 
-    def matrix(
-        self, source: TensorSource, format: str, ids: Tensor | None = None
-    ) -> tuple[int, int, int, int]:
+    def matrix(self, source: TensorSource, format: str, ids: Tensor | None = None) -> tuple[int, int, int, int]:
         """A matrix, or its rows ``ids`` (ascending); returns its entries (offset, format, n, k).
 
         A quantized format becomes bf16 where the rows are no multiple of 32. Raises RecycleError where they are
@@ -126,8 +125,7 @@ class PlanWriter:
             format = "bf16"
         if k % PANEL_ROWS:
             raise RecycleError(
-                f"{source.file}: tensor {source.name} has rows of {k}; "
-                "the kernels need a multiple of 16"
+                f"{source.file}: tensor {source.name} has rows of {k}; the kernels need a multiple of 16"
             )
         size = matrix_bytes(format, n, k)
         entries = (self._reserve(size), FORMATS[format], n, k)
@@ -186,24 +184,8 @@ def _rows(source: TensorSource, format: str, start: int, stop: int) -> Tensor:
     return convert_rows(source.float_rows(start, stop), format)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One transformer layer; None stands for an absent vector."""
-
-    input_norm: Tensor | None
-    q: Matrix
-    k: Matrix
-    v: Matrix
-    q_bias: Tensor | None
-    k_bias: Tensor | None
-    v_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    o: Matrix
-    post_norm: Tensor
-    gate: Matrix
-    up: Matrix
-    down: Matrix
+# One transformer layer: each field of _LAYER is a Matrix, a float32 Tensor, or None where the vector is absent.
+Layer = dataclasses.make_dataclass("Layer", _LAYER, frozen=True)
 
 
 @dataclass
@@ -218,7 +200,7 @@ class Stack:
     head_dim: int
     eps: float
     inv_freq: Tensor  # float32 [head_dim / 2]
-    layers: list[Layer]
+    layers: list  # of Layer
 
 
 @dataclass(frozen=True)
@@ -307,9 +289,7 @@ class _PlanReader:
     def _layers(self, stack: Stack) -> None:
         for _ in range(stack.n_layers):
             fields = {
-                field: self._matrix()
-                if field in _MATRICES
-                else self._vector(_vector_size(stack, field))
+                field: self._matrix() if field in _MATRICES else self._vector(_vector_size(stack, field))
                 for field in _LAYER
             }
             stack.layers.append(Layer(**fields))

@@ -1,43 +1,51 @@
 // Grouped-query attention of a few query rows to the cache.
 //
-//   q [rows, group, head_dim] float32 (after RoPE), keys and values [positions, head_dim] float32 or
-//   bfloat16  ->  weighted values, total weight and maximum of each (row, head), for one split
+//   q [rows, group, head_dim] float32 (after RoPE), keys and values [positions, head_dim] in the cache's type
+//   ->  weighted values, total weight and maximum of each (row, head), for one split of the cache
 //
-// Online softmax (Milakov and Gimelshein 2018) over chunks of 64 positions; splits are merged afterwards
-// (Flash-Decoding). Bounded by the cache's bytes for one row, by multiplications from two rows on, so what is
-// done for each byte must stay little: keys are laid side by side, 16 at a time, once for all heads of all rows,
-// and a score is a running sum over head_dim in its own lane; keys and values are widened in registers, once
-// for all heads that fit. The chunk that follows is asked for meanwhile.
-// Rejected: scores as dot products along head_dim, whose horizontal sums cost as much as the products, for
-// every head and row anew; widened copies of whole chunks, which with their sources fill the L1 cache; queries in
-// integers for keys in 8 bits (5 to 9% faster, 150 times the error).
-// Which positions make a chunk and a split depends on positions alone, so a row's result doesn't depend
-// on how many rows come with it.
+// Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) over chunks of 64 positions; the splits are
+// combined afterwards (Flash-Decoding). One row is bounded by the cache's bytes, two rows or more by
+// multiplications, so little may be done for each byte:
+//   keys are transposed, 16 positions side by side, once for all heads of all rows; a score is then a running
+//     sum over head_dim in its own lane
+//   keys and values are widened in registers, once for all heads whose sums fit there
+//   the next chunk is prefetched meanwhile
+// Chunks and splits depend on positions alone, so the result of a row does not depend on the other rows.
+//
+// Tried and rejected:
+//   scores as dot products along head_dim: the horizontal sums cost as much as the multiplications, for every
+//     head and row anew
+//   widened copies of whole chunks: with their sources they fill the L1 cache
+//   integer queries for 8-bit keys: 5 to 9% faster, 150 times the error
 #pragma once
+
+#include "elementwise.h"
+#include "prefetch.h"
 
 namespace recycle::RECYCLE_ISA {
 namespace {
 
-constexpr int64_t values_a_word(CacheType type) {
+// Elements of a cache row in 32 bits.
+constexpr int64_t elements_per_word(CacheType type) {
   return type == CacheType::f32 ? 1 : type == CacheType::bf16 ? 2 : 4;
 }
 
-// Words (32 bits) of 16 keys, positions side by side: words [head_dim / values_a_word, 16]. From `count` on,
-// keys are zero.
+// Transposes 16 keys: words [head_dim / elements_per_word, 16] has the positions side by side. Keys from `count`
+// on are zero. next: keys to prefetch.
 template <CacheType type>
-inline void turn_keys(const std::byte* rows, int64_t count, int64_t head_dim,
-                      const std::byte* ahead, float* words) {
+inline void transpose_keys(const std::byte* rows, int64_t count, int64_t head_dim,
+                           const std::byte* next, float* words) {
   const int64_t row_bytes = cache_row_bytes(type, head_dim);
-  const int64_t n_words = head_dim / values_a_word(type);
+  const int64_t n_words = head_dim / elements_per_word(type);
   for (int64_t first = 0; first < n_words; first += 16) {
     Raw lines[16];
     const auto put = [&](int64_t w) { store(words + (first + w) * 16, as_floats(lines[w])); };
     if (count >= 16 && n_words - first >= 16) {
-      // Of fixed sizes, so that all lines stay in registers.
+      // Constant loop counts keep all lines in registers.
 #pragma GCC unroll 16
       for (int64_t p = 0; p < 16; ++p) {
         lines[p] = load_raw(rows + p * row_bytes + first * 4);
-        fetch(ahead + p * row_bytes + first * 4);
+        prefetch_l2(next + p * row_bytes + first * 4);
       }
       transpose(lines);
 #pragma GCC unroll 16
@@ -55,18 +63,18 @@ inline void turn_keys(const std::byte* rows, int64_t count, int64_t head_dim,
   }
 }
 
-// scores[h] = q[h] . 16 B keys, for H heads; words [B, head_dim / values_a_word, 16]. Even and odd elements are
-// summed apart. 8-bit keys count as integers.
+// scores[h] = q[h] . keys, for H heads and B blocks of 16 keys; words [B, head_dim / elements_per_word, 16]. Even
+// and odd elements have sums of their own. 8-bit keys count as integers: their scale comes later.
 template <CacheType type, int H, int B>
 inline void score(const float* q, const float* words, int64_t head_dim, float* scores) {
-  const int64_t block = head_dim / values_a_word(type) * 16;
+  const int64_t block = head_dim / elements_per_word(type) * 16;
   Lanes even[H][B], odd[H][B];
   for (int h = 0; h < H; ++h)
     for (int b = 0; b < B; ++b) even[h][b] = odd[h][b] = splat(0);
-  // Elements d and d + 1 of all keys; f(words of a block) widens them.
-  const auto add_two = [&](int64_t d, auto f) {
+  // Adds the products of elements d and d + 1; widen(words of a block) gives them as floats.
+  const auto add_two = [&](int64_t d, auto widen) {
     Lanes first[B], second[B];
-    for (int b = 0; b < B; ++b) f(words + b * block, first[b], second[b]);
+    for (int b = 0; b < B; ++b) widen(words + b * block, first[b], second[b]);
 #pragma GCC unroll 8
     for (int h = 0; h < H; ++h)
       for (int b = 0; b < B; ++b)
@@ -108,17 +116,19 @@ inline void score(const float* q, const float* words, int64_t head_dim, float* s
     for (int b = 0; b < B; ++b) store(scores + h * kChunk + b * 16, add(even[h][b], odd[h][b]));
 }
 
-// The scales of 8-bit rows.
+// The scales of a chunk's 8-bit rows; those from `count` on are 0.
 inline void load_scales(const std::byte* rows, int64_t count, int64_t head_dim, float* scales) {
   for (int64_t p = 0; p < kChunk; ++p) scales[p] = 0;
   for (int64_t p = 0; p < count; ++p)
     __builtin_memcpy(scales + p, rows + p * (head_dim + kScaleBytes) + head_dim, kScaleBytes);
 }
 
-// One head's scores of a chunk, [kChunk], become weights relative to the running maximum, which they raise;
-// returns the factor for what was summed up before. key_scales and value_scales: of 8-bit rows, or null.
-inline float soften(int64_t length, float scale, const float* key_scales, const float* value_scales,
-                    float* maximum, float* total, float* scores) {
+// Turns one head's scores of a chunk, [kChunk], into weights exp(score - maximum), and raises the running maximum
+// and total. Returns the factor that corrects the sums of earlier chunks to the new maximum. key_scales and
+// value_scales: those of 8-bit rows, or null.
+inline float online_softmax_update(int64_t length, float scale, const float* key_scales,
+                                   const float* value_scales, float* maximum, float* total,
+                                   float* scores) {
   const int64_t padded = round_up(length, 16);
   for (int64_t p = 0; p < padded; p += 16) {
     Lanes scaled = mul(load(scores + p), splat(scale));
@@ -126,9 +136,9 @@ inline float soften(int64_t length, float scale, const float* key_scales, const 
     store(scores + p, scaled);
   }
   for (int64_t p = length; p < padded; ++p) scores[p] = -__builtin_inff();
-  Lanes largest = load(scores);
-  for (int64_t p = 16; p < padded; p += 16) largest = max(largest, load(scores + p));
-  const float chunk_maximum = max_of(largest);
+  Lanes maxima = load(scores);
+  for (int64_t p = 16; p < padded; p += 16) maxima = max(maxima, load(scores + p));
+  const float chunk_maximum = reduce_max(maxima);
   const float new_maximum = chunk_maximum > *maximum ? chunk_maximum : *maximum;
   Lanes chunk_total = splat(0);
   for (int64_t p = 0; p < padded; p += 16) {
@@ -139,11 +149,12 @@ inline float soften(int64_t length, float scale, const float* key_scales, const 
   alignas(64) float correction[16];
   store(correction, exp(splat(*maximum - new_maximum)));
   *maximum = new_maximum;
-  *total = *total * correction[0] + sum(chunk_total);
+  *total = *total * correction[0] + reduce_add(chunk_total);
   return correction[0];
 }
 
-// 32 values from element i on. Of bfloat16 the even ones come first, which takes half the instructions.
+// Elements i .. i + 31 of a row of values. bfloat16 gives the even elements, then the odd ones, which takes half
+// the instructions; Attend::write_results() restores the order.
 template <CacheType type>
 inline void load_values(const std::byte* row, int64_t i, Lanes (&values)[2]) {
   if constexpr (type == CacheType::f32) {
@@ -159,7 +170,7 @@ inline void load_values(const std::byte* row, int64_t i, Lanes (&values)[2]) {
   }
 }
 
-// The last 16, where head_dim is no multiple of 32.
+// Elements i .. i + 15: the last ones, if head_dim is no multiple of 32.
 template <CacheType type>
 inline void load_values(const std::byte* row, int64_t i, Lanes (&values)[1]) {
   if constexpr (type == CacheType::f32)
@@ -170,18 +181,18 @@ inline void load_values(const std::byte* row, int64_t i, Lanes (&values)[1]) {
     values[0] = load_int8(row + i);
 }
 
-// Positions [begin, end) of a chunk's values, and what is read after them.
+// Positions [begin, end) of a chunk's values, and the values to prefetch.
 struct Values {
   const std::byte* rows;
-  const std::byte* ahead;
+  const std::byte* next;
   int64_t row_bytes, head_dim, begin, end;
 };
 
-// weighted[h] = weighted[h] * correction[h] + weights[h] . values, for H heads and L x 16 elements from i on,
-// `step` of which are loaded together.
+// weighted[h] = weighted[h] * correction[h] + weights[h] . values, for H heads and L vectors of 16 elements from
+// element i on; `step` vectors are loaded together.
 template <CacheType type, int H, int L, int step>
-inline void add_values(const float* weights, const float* corrections, const Values& values,
-                       int64_t i, float* weighted) {
+inline void accumulate_values(const float* weights, const float* corrections, const Values& values,
+                              int64_t i, float* weighted) {
   Lanes sums[H][L];
   for (int h = 0; h < H; ++h)
     for (int l = 0; l < L; ++l)
@@ -190,8 +201,8 @@ inline void add_values(const float* weights, const float* corrections, const Val
     const std::byte* row = values.rows + p * values.row_bytes;
 #pragma GCC unroll 4
     for (int l = 0; l < L; l += step) {
-      const int64_t byte = (i + l * 16) * 4 / values_a_word(type);
-      if (byte % 64 == 0) fetch(values.ahead + p * values.row_bytes + byte);
+      const int64_t byte = (i + l * 16) * 4 / elements_per_word(type);
+      if (byte % 64 == 0) prefetch_l2(values.next + p * values.row_bytes + byte);
       Lanes loaded[step];
       load_values<type>(row, i + l * 16, loaded);
 #pragma GCC unroll 8
@@ -205,15 +216,16 @@ inline void add_values(const float* weights, const float* corrections, const Val
 }
 
 template <CacheType type, int H>
-inline void add_values(const float* weights, const float* corrections, const Values& values,
-                       float* weighted) {
-  constexpr int L = lanes_for(H);
+inline void accumulate_values(const float* weights, const float* corrections, const Values& values,
+                              float* weighted) {
+  constexpr int L = value_vectors(H);
   int64_t i = 0;
   for (; i + L * 16 <= values.head_dim; i += L * 16)
-    add_values<type, H, L, 2>(weights, corrections, values, i, weighted);
+    accumulate_values<type, H, L, 2>(weights, corrections, values, i, weighted);
   for (; i + 32 <= values.head_dim; i += 32)
-    add_values<type, H, 2, 2>(weights, corrections, values, i, weighted);
-  if (i < values.head_dim) add_values<type, H, 1, 1>(weights, corrections, values, i, weighted);
+    accumulate_values<type, H, 2, 2>(weights, corrections, values, i, weighted);
+  if (i < values.head_dim)
+    accumulate_values<type, H, 1, 1>(weights, corrections, values, i, weighted);
 }
 
 template <CacheType type>
@@ -229,7 +241,7 @@ class Attend {
       tile += floats;
       return taken;
     };
-    words_ = take(16 * kMostKeyBlocks * task.head_dim);
+    words_ = take(16 * kMaxKeyBlocks * task.head_dim);
     queries_ = take(n_heads_ * task.head_dim);
     scores_ = take(n_heads_ * kChunk);
     weighted_ = take(n_heads_ * task.head_dim);
@@ -239,7 +251,7 @@ class Attend {
 
   void run() {
     const int64_t end = task_.first_position + task_.n_rows;  // positions the last row sees
-    start();
+    initialise();
     for (int64_t begin = task_.split * kChunk; begin < end; begin += kSplits * kChunk) {
       const int64_t count = end - begin < kChunk ? end - begin : kChunk;
       const int64_t later = begin + kSplits * kChunk;
@@ -247,81 +259,82 @@ class Attend {
       const std::byte* next_keys = later < end ? task_.keys + later * row_bytes_ : task_.next_keys;
       Values values;
       values.rows = task_.values + begin * row_bytes_;
-      values.ahead = later < end ? task_.values + later * row_bytes_ : task_.next_values;
+      values.next = later < end ? task_.values + later * row_bytes_ : task_.next_values;
       values.row_bytes = row_bytes_;
       values.head_dim = task_.head_dim;
       if constexpr (type == CacheType::q8) {
         load_scales(keys, count, task_.head_dim, key_scales_);
         load_scales(values.rows, count, task_.head_dim, value_scales_);
       }
-      constexpr int B = key_blocks_at_once();
-      static_assert(B <= kMostKeyBlocks);
+      constexpr int B = key_blocks();
+      static_assert(B <= kMaxKeyBlocks);
       for (int64_t p = 0; p < count; p += 16 * B) {
         for (int b = 0; b < B; ++b) {
           const int64_t first = p + b * 16;
-          turn_keys<type>(keys + first * row_bytes_, count - first, task_.head_dim,
-                          next_keys + first * row_bytes_,
-                          words_ + b * 16 * task_.head_dim / values_a_word(type));
+          transpose_keys<type>(keys + first * row_bytes_, count - first, task_.head_dim,
+                               next_keys + first * row_bytes_,
+                               words_ + b * 16 * task_.head_dim / elements_per_word(type));
         }
-        by_heads([&]<int H>(int64_t head) {
-          if (seen(head + H - 1, begin) > p)
+        for_head_tiles([&]<int H>(int64_t head) {
+          if (visible_from(head + H - 1, begin) > p)
             score<type, H, B>(queries_ + head * task_.head_dim, words_, task_.head_dim,
                               scores_ + head * kChunk + p);
         });
       }
-      by_heads([&]<int H>(int64_t head) { weigh<H>(head, begin, count, values); });
+      for_head_tiles([&]<int H>(int64_t head) { add_chunk<H>(head, begin, count, values); });
     }
-    finish();
+    write_results();
   }
 
  private:
-  // Weights and weighted values of H heads in a chunk. A later row sees more of it than an earlier one: what all
-  // see is done together.
+  // Adds a chunk to the results of H heads. A later row sees more positions than an earlier one: the positions that
+  // all H see are done together, the rest head by head.
   template <int H>
-  void weigh(int64_t head, int64_t begin, int64_t count, Values values) {
+  void add_chunk(int64_t head, int64_t begin, int64_t count, Values values) {
     const bool is_q8 = type == CacheType::q8;
     int64_t lengths[H];
     float corrections[H];
     for (int h = 0; h < H; ++h) {
-      const int64_t visible = seen(head + h, begin);
+      const int64_t visible = visible_from(head + h, begin);
       lengths[h] = visible < 0 ? 0 : visible < count ? visible : count;
       corrections[h] = lengths[h] == 0 ? 1.0f
-                                       : soften(lengths[h], scale_, is_q8 ? key_scales_ : nullptr,
-                                                is_q8 ? value_scales_ : nullptr, maxima_ + head + h,
-                                                totals_ + head + h, scores_ + (head + h) * kChunk);
+                                       : online_softmax_update(
+                                             lengths[h], scale_, is_q8 ? key_scales_ : nullptr,
+                                             is_q8 ? value_scales_ : nullptr, maxima_ + head + h,
+                                             totals_ + head + h, scores_ + (head + h) * kChunk);
     }
     values.begin = 0;
     values.end = lengths[0];
-    add_values<type, H>(scores_ + head * kChunk, corrections, values,
-                        weighted_ + head * task_.head_dim);
+    accumulate_values<type, H>(scores_ + head * kChunk, corrections, values,
+                               weighted_ + head * task_.head_dim);
     values.begin = lengths[0];
     for (int h = 1; h < H; ++h) {
       if (lengths[h] == lengths[0]) continue;
-      constexpr float kKept = 1;
+      constexpr float kCorrected = 1;
       values.end = lengths[h];
-      add_values<type, 1>(scores_ + (head + h) * kChunk, &kKept, values,
-                          weighted_ + (head + h) * task_.head_dim);
+      accumulate_values<type, 1>(scores_ + (head + h) * kChunk, &kCorrected, values,
+                                 weighted_ + (head + h) * task_.head_dim);
     }
   }
 
-  // f<H>(first head) for all heads of all rows: as few calls as registers allow, of about the same size.
+  // f<H>(first head) for all heads of all rows, in as few tiles as registers allow, of nearly equal size.
   template <class F>
-  void by_heads(F f) const {
-    const int64_t calls = (n_heads_ + heads_at_once() - 1) / heads_at_once();
-    for (int64_t call = 0; call < calls; ++call) {
-      const int64_t head = n_heads_ * call / calls;
-      with_heads<1>(n_heads_ * (call + 1) / calls - head, head, f);
+  void for_head_tiles(F f) const {
+    const int64_t tiles = (n_heads_ + max_heads() - 1) / max_heads();
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t head = n_heads_ * tile / tiles;
+      dispatch_heads<1>(n_heads_ * (tile + 1) / tiles - head, head, f);
     }
   }
   template <int H, class F>
-  static void with_heads(int64_t count, int64_t head, F f) {
+  static void dispatch_heads(int64_t count, int64_t head, F f) {
     if (count == H)
       f.template operator()<H>(head);
-    else if constexpr (H < heads_at_once())
-      with_heads<H + 1>(count, head, f);
+    else if constexpr (H < max_heads())
+      dispatch_heads<H + 1>(count, head, f);
   }
 
-  void start() {
+  void initialise() {
     for (int64_t head = 0; head < n_heads_; ++head) {
       const float* q =
           task_.q + head / task_.group * task_.ld_q + head % task_.group * task_.head_dim;
@@ -334,9 +347,9 @@ class Attend {
     }
   }
 
-  // Results to where they belong, values in the order of the model.
-  void finish() const {
-    const int64_t paired = type == CacheType::bf16 ? task_.head_dim / 32 * 32 : 0;
+  // Copies the results to the task's arrays, with the elements in the model's order.
+  void write_results() const {
+    const int64_t end_of_pairs = type == CacheType::bf16 ? task_.head_dim / 32 * 32 : 0;
     for (int64_t head = 0; head < n_heads_; ++head) {
       const int64_t r = head / task_.group;
       const int64_t g = head % task_.group;
@@ -344,28 +357,28 @@ class Attend {
       task_.total[r * task_.ld_total + g * kSplits] = totals_[head];
       const float* from = weighted_ + head * task_.head_dim;
       float* to = task_.weighted + r * task_.ld_weighted + g * kSplits * task_.head_dim;
-      for (int64_t i = 0; i < paired; i += 32)
+      for (int64_t i = 0; i < end_of_pairs; i += 32)
         for (int64_t j = 0; j < 16; ++j) {
           to[i + 2 * j] = from[i + j];
           to[i + 2 * j + 1] = from[i + 16 + j];
         }
-      for (int64_t i = paired; i < task_.head_dim; i += 16) store(to + i, load(from + i));
+      for (int64_t i = end_of_pairs; i < task_.head_dim; i += 16) store(to + i, load(from + i));
     }
   }
 
-  // Positions of the chunk at `begin` that a head's row sees; may be more than the chunk has, or less than 0.
-  int64_t seen(int64_t head, int64_t begin) const {
+  // How many positions from `begin` on the head's row sees; may be negative, or more than a chunk.
+  int64_t visible_from(int64_t head, int64_t begin) const {
     return task_.first_position + head / task_.group + 1 - begin;
   }
 
   const AttendTask& task_;
-  const int64_t n_heads_;  // of all rows
+  const int64_t n_heads_;  // heads of the group times rows; the heads of a row follow each other
   const int64_t row_bytes_;
   const float scale_ = 1 / __builtin_sqrtf(static_cast<float>(task_.head_dim));
-  float* queries_;           // [heads, head_dim], of all rows one after the other
-  float* words_;             // [key_blocks_at_once(), head_dim / values_a_word, 16]
+  float* queries_;           // [heads, head_dim]
+  float* words_;             // [key_blocks(), head_dim / elements_per_word, 16]
   float* scores_;            // [heads, kChunk]
-  float* weighted_;          // [heads, head_dim], as load_values() orders them
+  float* weighted_;          // [heads, head_dim], in the order of load_values()
   float *totals_, *maxima_;  // [heads]
   alignas(64) float key_scales_[kChunk];
   alignas(64) float value_scales_[kChunk];
@@ -382,13 +395,13 @@ void attend(const AttendTask& task) {
   }
 }
 
-void merge_splits(const float* weighted, const float* total, const float* maximum, int64_t n_splits,
-                  int64_t head_dim, float* out) {
-  float largest = maximum[0];
-  for (int64_t s = 1; s < n_splits; ++s) largest = maximum[s] > largest ? maximum[s] : largest;
+void combine_splits(const float* weighted, const float* total, const float* maximum,
+                    int64_t n_splits, int64_t head_dim, float* out) {
+  float max = maximum[0];
+  for (int64_t s = 1; s < n_splits; ++s) max = maximum[s] > max ? maximum[s] : max;
   alignas(64) float factor[kSplits];
   for (int64_t s = 0; s < kSplits; ++s)
-    factor[s] = s < n_splits ? maximum[s] - largest : -__builtin_inff();
+    factor[s] = s < n_splits ? maximum[s] - max : -__builtin_inff();
   static_assert(kSplits == 16);
   store(factor, exp(load(factor)));
   float all = 0;

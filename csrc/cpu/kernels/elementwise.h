@@ -1,12 +1,16 @@
-// The small steps between the products: RMSNorm, SwiGLU, argmax, exponentials. All on float32 vectors
-// that lie in the L1 cache; together a few percent of a step.
+// The small steps between the matmuls: RMSNorm, SwiGLU, argmax, exponentials.
+//
+// All work on float32 vectors in the L1 cache, and take a few percent of a step together. Only read_stream(),
+// the bandwidth probe, reads from memory.
 #pragma once
+
+#include "prefetch.h"
 
 namespace recycle::RECYCLE_ISA {
 namespace {
 
-// exp to ~1 ulp: x = n ln2 + r, |r| <= ln2 / 2, a polynomial for e^r (Cephes' expf coefficients, public
-// domain), times 2^n. Below -87.3 the result is 0 (so exp(-inf) is 0); above 88 it is clamped.
+// exp to ~1 ulp: x = n ln2 + r with |r| <= ln2 / 2; e^r is a polynomial (coefficients of Cephes' expf, public
+// domain); the result is e^r 2^n. Below -87.3 the result is 0, so exp(-inf) is 0; above 88 x is clamped.
 inline Lanes exp(Lanes x) {
   constexpr float lowest = -87.33654f;
   Lanes y = max(x, splat(lowest));
@@ -27,7 +31,7 @@ inline Lanes exp(Lanes x) {
 void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) {
   Lanes squares = splat(0);
   for (int64_t i = 0; i < n; i += 16) squares = fma(load(x + i), load(x + i), squares);
-  const float mean = sum(squares) / static_cast<float>(n);
+  const float mean = reduce_add(squares) / static_cast<float>(n);
   const Lanes scale = splat(1 / __builtin_sqrtf(mean + eps));
   for (int64_t i = 0; i < n; i += 16)
     store(out + i, mul(load(weight + i), mul(load(x + i), scale)));
@@ -49,16 +53,16 @@ void argmax(const float* values, int64_t n, int64_t first_id, ArgMax* best) {
       const bool better = value > best->value[lane];
       best->value[lane] = better ? value : best->value[lane];
       best->id[lane] = better ? static_cast<int32_t>(first_id + i + lane) : best->id[lane];
-      best->poison[lane] += value * 0.0f;
+      best->nonfinite[lane] += value * 0.0f;
     }
   }
 }
 
-// The last lanes of a vector whose length is no multiple of 16, filled up with `fill`.
-inline Lanes load_rest(const float* values, int64_t n, float fill) {
-  alignas(64) float rest[16];
-  for (int64_t i = 0; i < 16; ++i) rest[i] = i < n ? values[i] : fill;
-  return load(rest);
+// The n < 16 last values of a vector, completed with `fill`.
+inline Lanes load_tail(const float* values, int64_t n, float fill) {
+  alignas(64) float tail[16];
+  for (int64_t i = 0; i < 16; ++i) tail[i] = i < n ? values[i] : fill;
+  return load(tail);
 }
 
 float read_stream(const float* values, int64_t n) {
@@ -66,37 +70,37 @@ float read_stream(const float* values, int64_t n) {
   for (int64_t i = 0; i < n; i += 64)
     for (int part = 0; part < 4; ++part) {
       const float* at = values + i + part * 16;
-      fetch(reinterpret_cast<const std::byte*>(at) + kAhead);
+      prefetch_l2(reinterpret_cast<const std::byte*>(at) + kPrefetchL2Distance);
       total[part] = add(total[part], load(at));
     }
-  return sum(add(add(total[0], total[1]), add(total[2], total[3])));
+  return reduce_add(add(add(total[0], total[1]), add(total[2], total[3])));
 }
 
 float max_value(const float* values, int64_t n) {
-  Lanes largest = splat(-__builtin_inff());
+  Lanes maximum = splat(-__builtin_inff());
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) largest = max(largest, load(values + i));
-  if (i < n) largest = max(largest, load_rest(values + i, n - i, -__builtin_inff()));
-  return max_of(largest);
+  for (; i + 16 <= n; i += 16) maximum = max(maximum, load(values + i));
+  if (i < n) maximum = max(maximum, load_tail(values + i, n - i, -__builtin_inff()));
+  return reduce_max(maximum);
 }
 
 float exp_sum(const float* values, int64_t n, float maximum, float scale, float* out) {
   Lanes total = splat(0);
   for (int64_t i = 0; i < n; i += 16) {
     const bool whole = i + 16 <= n;
-    const Lanes x = whole ? load(values + i) : load_rest(values + i, n - i, -__builtin_inff());
+    const Lanes x = whole ? load(values + i) : load_tail(values + i, n - i, -__builtin_inff());
     const Lanes term = exp(mul(sub(x, splat(maximum)), splat(scale)));
     total = add(total, term);
     if (out == nullptr) continue;
     if (whole) {
       store(out + i, term);
     } else {
-      alignas(64) float rest[16];
-      store(rest, term);
-      for (int64_t lane = 0; i + lane < n; ++lane) out[i + lane] = rest[lane];
+      alignas(64) float tail[16];
+      store(tail, term);
+      for (int64_t lane = 0; i + lane < n; ++lane) out[i + lane] = tail[lane];
     }
   }
-  return sum(total);
+  return reduce_add(total);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// 16 float lanes in two AVX2 registers. See simd_generic.h for what each function means.
+// 16 float lanes in two AVX2 registers. simd_generic.h says what each function means.
 #pragma once
 
 #include <immintrin.h>
@@ -16,21 +16,24 @@ struct Raw {
   __m256i lo, hi;
 };
 
-// Rows that a product works on together. 16 registers, two for 16 lanes: two float sums a row or one integer
-// sum, and room for the weights; with 3 and 6 rows GCC moves sums in and out of memory, at half the speed.
+// Rows that gemm() works on together. 16 registers, two for 16 lanes: 2 rows * even and odd sums, or 4 rows * one
+// integer sum, are 8; the weights need the rest. With 3 and 6 rows GCC spills sums, at half the speed.
 constexpr int max_rows(bool quantised) {
   return quantised ? 4 : 2;
 }
-// Heads that attention works on together, and lanes of values (an even number) that it then sums up for each.
-constexpr int heads_at_once() {
+// Attention's tile: heads whose sums it keeps together, and for each head vectors of 16 elements of values (an even
+// number). 16 registers: 1 head * 4 vectors, or 2 heads * 2, are 8 registers of sums;
+// the loaded values and weights need the rest.
+constexpr int max_heads() {
   return 2;
 }
-constexpr int lanes_for(int heads) {
+constexpr int value_vectors(int heads) {
   return heads == 1 ? 4 : 2;
 }
 
-// Blocks of 16 keys that scores are made for together, at most kMostKeyBlocks.
-constexpr int key_blocks_at_once() {
+// Blocks of 16 keys whose scores are computed together, at most kMaxKeyBlocks: 2 heads * even and odd sums * 2
+// registers are 8; a second block would need 16.
+constexpr int key_blocks() {
   return 1;
 }
 
@@ -63,9 +66,9 @@ inline Lanes max(Lanes a, Lanes b) {
   return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
 }
 inline Lanes keep_above(Lanes value, Lanes x, float limit) {
-  const __m256 least = _mm256_set1_ps(limit);
-  return {_mm256_and_ps(value.lo, _mm256_cmp_ps(x.lo, least, _CMP_GE_OQ)),
-          _mm256_and_ps(value.hi, _mm256_cmp_ps(x.hi, least, _CMP_GE_OQ))};
+  const __m256 limits = _mm256_set1_ps(limit);
+  return {_mm256_and_ps(value.lo, _mm256_cmp_ps(x.lo, limits, _CMP_GE_OQ)),
+          _mm256_and_ps(value.hi, _mm256_cmp_ps(x.hi, limits, _CMP_GE_OQ))};
 }
 inline Lanes round(Lanes a) {
   constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -78,13 +81,13 @@ inline __m256 power_of_2(__m256 n) {
 inline Lanes power_of_2(Lanes n) {
   return {power_of_2(n.lo), power_of_2(n.hi)};
 }
-inline float sum(Lanes a) {
+inline float reduce_add(Lanes a) {
   const __m256 eight = _mm256_add_ps(a.lo, a.hi);
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
-inline float max_of(Lanes a) {
+inline float reduce_max(Lanes a) {
   const __m256 eight = _mm256_max_ps(a.lo, a.hi);
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
@@ -135,7 +138,7 @@ template <int b>
 inline Lanes byte_of(Raw raw) {
   return {byte_of<b>(raw.lo), byte_of<b>(raw.hi)};
 }
-// 8 x 8 words: pairs, then fours of rows come together, then halves change places.
+// Transposes 8 x 8 words: interleaves pairs of rows, then pairs of pairs, then swaps 128-bit halves.
 inline void transpose(const __m256i (&rows)[8], __m256i (&columns)[8]) {
   __m256i fours[8];
   for (int i = 0; i < 8; i += 4) {
@@ -154,14 +157,14 @@ inline void transpose(const __m256i (&rows)[8], __m256i (&columns)[8]) {
   }
 }
 inline void transpose(Raw (&rows)[16]) {
-  __m256i in[4][8], out[4][8];  // quarters: top left, top right, bottom left, bottom right
+  __m256i in[4][8], out[4][8];  // 8 x 8 tiles: top left, top right, bottom left, bottom right
   for (int i = 0; i < 8; ++i) {
     in[0][i] = rows[i].lo;
     in[1][i] = rows[i].hi;
     in[2][i] = rows[i + 8].lo;
     in[3][i] = rows[i + 8].hi;
   }
-  for (int quarter = 0; quarter < 4; ++quarter) transpose(in[quarter], out[quarter]);
+  for (int tile = 0; tile < 4; ++tile) transpose(in[tile], out[tile]);
   for (int i = 0; i < 8; ++i) {
     rows[i] = {out[0][i], out[2][i]};
     rows[i + 8] = {out[1][i], out[3][i]};
@@ -171,12 +174,12 @@ inline void transpose(Raw (&rows)[16]) {
 struct Ints {
   __m256i lo, hi;
 };
-// As 16-bit integers: the first and third of each lane, and the second and fourth.
+// 16-bit integers: the first and third weight of each lane (even), and the second and fourth (odd).
 struct Quads {
   __m256i even_lo, even_hi, odd_lo, odd_hi;
 };
 
-// One or two rows have registers for two sums, which needn't wait for each other.
+// One or two rows leave registers for two independent sums, which shortens the chain of additions.
 constexpr int sum_parts(int rows) {
   return rows <= 2 ? 2 : 1;
 }
@@ -197,7 +200,7 @@ inline Ints total(const Ints (&sums)[2]) {
 inline Lanes to_float(Ints a) {
   return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)};
 }
-// Bits first .. first + count of each 16-bit half.
+// Bits first .. first + count - 1 of each 16-bit half.
 template <int first, int count>
 inline __m256i bits_of(__m256i words) {
   if constexpr (first > 0) words = _mm256_srli_epi16(words, first);
@@ -222,7 +225,7 @@ inline Ints dot(Ints a, __m256i lo, __m256i hi, int32_t pair) {
   return {_mm256_add_epi32(a.lo, _mm256_madd_epi16(lo, x)),
           _mm256_add_epi32(a.hi, _mm256_madd_epi16(hi, x))};
 }
-// The first word has the first and third activation, the second the others.
+// The first word holds the first and third activation, the second word the second and fourth.
 template <int parts>
 inline void dot(Ints (&sums)[parts], Quads weights, const int32_t* x) {
   sums[0] = dot(sums[0], weights.even_lo, weights.even_hi, x[0]);

@@ -1,5 +1,5 @@
-// 16 float lanes in one AVX-512 register. See simd_generic.h for what each function means. Bit for bit
-// the results of simd_avx2.h: the same operations on each lane, the same tree in sum().
+// 16 float lanes in one AVX-512 register. simd_generic.h says what each function means. The results are those of
+// simd_avx2.h, bit for bit: the same operations on each lane, the same tree in reduce_add().
 #pragma once
 
 #include <immintrin.h>
@@ -17,21 +17,23 @@ struct Raw {
   __m512i v;
 };
 
-// Rows that a product works on together. 32 registers: two sums a row, a third where weights are quantised, and
-// room for the weights.
+// Rows that gemm() works on together. 32 registers: 12 rows * even and odd sums are 24; quantised, 8 rows * two integer
+// sums and the float sum are 24; the weights need the rest.
 constexpr int max_rows(bool quantised) {
   return quantised ? 8 : 12;
 }
-// Heads that attention works on together, and lanes of values (an even number) that it then sums up for each.
-constexpr int heads_at_once() {
+// Attention's tile: heads whose sums it keeps together, and for each head vectors of 16 elements of values (an even
+// number). 32 registers: 6 heads * 4 vectors are 24 sums; the loaded values and weights need the rest.
+constexpr int max_heads() {
   return 6;
 }
-constexpr int lanes_for(int) {
+constexpr int value_vectors(int) {
   return 4;
 }
 
-// Blocks of 16 keys that scores are made for together, at most kMostKeyBlocks.
-constexpr int key_blocks_at_once() {
+// Blocks of 16 keys whose scores are computed together, at most kMaxKeyBlocks: 6 heads * even and odd sums * 2 blocks
+// are 24 of 32 registers.
+constexpr int key_blocks() {
   return 2;
 }
 
@@ -72,13 +74,13 @@ inline Lanes power_of_2(Lanes n) {
   const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
 }
-inline float sum(Lanes a) {
+inline float reduce_add(Lanes a) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
-inline float max_of(Lanes a) {
+inline float reduce_max(Lanes a) {
   return _mm512_reduce_max_ps(a.v);
 }
 
@@ -114,9 +116,9 @@ inline Lanes byte_of(Raw raw) {
   const __m512i top = b < 3 ? _mm512_slli_epi32(raw.v, 24 - 8 * b) : raw.v;
   return {_mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24))};
 }
-// Pairs, then fours of rows come together; then quarters of registers change places, in two steps.
+// Interleaves pairs of rows, then pairs of pairs, then moves 128-bit lanes in two steps.
 inline void transpose(Raw (&rows)[16]) {
-  __m512i fours[16];  // quarter q of fours[4 i + c] is column 4 q + c of rows 4 i to 4 i + 3
+  __m512i fours[16];  // 128-bit lane j of fours[4 i + c] is column 4 j + c of rows 4 i to 4 i + 3
   for (int i = 0; i < 16; i += 4) {
     const __m512i low01 = _mm512_unpacklo_epi32(rows[i].v, rows[i + 1].v);
     const __m512i high01 = _mm512_unpackhi_epi32(rows[i].v, rows[i + 1].v);
@@ -146,8 +148,8 @@ struct Quads {
   __m512i v;
 };
 
-// An activation is 256 times its upper byte plus its lower one, both signed, because VNNI multiplies bytes; the
-// second sum is of the upper bytes.
+// VNNI multiplies bytes, so an activation is 256 * upper byte + lower byte, both signed. The first sum is over the
+// lower bytes, the second over the upper ones.
 constexpr int sum_parts(int) {
   return 2;
 }

@@ -1,4 +1,4 @@
-// 16 float lanes in plain C++: the kernels on any processor, and the reading of the other simd_*.h.
+// 16 float lanes in plain C++, for any processor. These functions also say what those of the other simd_*.h mean.
 #pragma once
 
 #include <bit>
@@ -14,25 +14,26 @@ namespace {
 struct Lanes {
   float v[16];
 };
-// 64 bytes of packed weights, one 32-bit lane an output.
+// A cache line of packed weights: one 32-bit lane for each output.
 struct Raw {
   uint32_t v[16];
 };
 
-// Rows that a product works on together.
+// Rows that gemm() works on together: 4 rows * even and odd sums * 16 floats are 512 bytes, which stay in L1.
 constexpr int max_rows(bool) {
   return 4;
 }
-// Heads that attention works on together, and lanes of values (an even number) that it then sums up for each.
-constexpr int heads_at_once() {
+// Attention's tile: heads whose sums it keeps together, and for each head vectors of 16 elements of values (an even
+// number). 4 heads * 2 vectors are 512 bytes of sums, which stay in L1.
+constexpr int max_heads() {
   return 4;
 }
-constexpr int lanes_for(int) {
+constexpr int value_vectors(int) {
   return 2;
 }
 
-// Blocks of 16 keys that scores are made for together, at most kMostKeyBlocks.
-constexpr int key_blocks_at_once() {
+// Blocks of 16 keys whose scores are computed together, at most kMaxKeyBlocks.
+constexpr int key_blocks() {
   return 1;
 }
 
@@ -54,7 +55,7 @@ inline Lanes load(const float* p) {
 inline void store(float* p, Lanes a) {
   std::memcpy(p, a.v, sizeof a.v);
 }
-// Two roundings here, one in the AVX2 and AVX-512 lanes: the only difference between them.
+// Two roundings here, one in the AVX2 and AVX-512 lanes: the only difference of results.
 inline Lanes fma(Lanes a, Lanes b, Lanes c) {
   return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
@@ -87,12 +88,12 @@ inline Lanes power_of_2(Lanes n) {
   return each(
       [&](int i) { return std::bit_cast<float>((static_cast<int32_t>(n.v[i]) + 127) << 23); });
 }
-inline float sum(Lanes a) {
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
+inline float reduce_add(Lanes a) {
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
   return a.v[0];
 }
-inline float max_of(Lanes a) {
+inline float reduce_max(Lanes a) {
   for (int i = 1; i < 16; ++i) a.v[0] = a.v[0] > a.v[i] ? a.v[0] : a.v[i];
   return a.v[0];
 }
@@ -132,7 +133,7 @@ template <int b>
 inline Lanes byte_of(const Raw& raw) {
   return each([&](int i) { return static_cast<float>(static_cast<int8_t>(raw.v[i] >> 8 * b)); });
 }
-// Lane i of rows[j] and lane j of rows[i] change places.
+// Swaps lane i of rows[j] and lane j of rows[i].
 inline void transpose(Raw (&rows)[16]) {
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < i; ++j) {
@@ -145,12 +146,12 @@ inline void transpose(Raw (&rows)[16]) {
 struct Ints {
   int32_t v[16];
 };
-// Four weights a lane, none negative.
+// Four unsigned weights in each lane.
 struct Quads {
   uint32_t v[16];
 };
 
-// Sums that dot() makes apart, for a product of this many rows; total() brings them together.
+// Independent sums that dot() keeps for each of this many rows; total() adds them.
 constexpr int sum_parts(int) {
   return 1;
 }
@@ -170,7 +171,7 @@ inline Ints total(const Ints (&sums)[1]) {
 inline Lanes to_float(Ints a) {
   return each([&](int i) { return static_cast<float>(a.v[i]); });
 }
-// The bytes of each lane; their lower and higher halves.
+// The bytes of each lane; low_nibbles() and high_nibbles(): the halves of these bytes.
 inline Quads bytes(const Raw& raw) {
   Quads out;
   std::memcpy(out.v, raw.v, sizeof out.v);
@@ -186,8 +187,8 @@ inline Quads high_nibbles(const Raw& raw) {
   for (int i = 0; i < 16; ++i) out.v[i] = raw.v[i] >> 4 & 0x0F0F0F0F;
   return out;
 }
-// Adds the four weights of each lane times the four 16-bit integers in two words, as store_quants() left
-// them: here the first two in the first word.
+// Adds to each lane its four weights times the four 16-bit activations in two words, in the order of store_quants():
+// here the first two activations are in the first word.
 inline void dot(Ints (&sums)[1], const Quads& weights, const int32_t* x) {
   for (int j = 0; j < 4; ++j) {
     const auto activation = static_cast<int16_t>(x[j / 2] >> (j % 2 * 16));
@@ -195,7 +196,7 @@ inline void dot(Ints (&sums)[1], const Quads& weights, const int32_t* x) {
       sums[0].v[i] += static_cast<int32_t>(weights.v[i] >> (8 * j) & 255) * activation;
   }
 }
-// 16 integral floats in 8 words.
+// Stores 16 integral floats as 16-bit integers in 8 words.
 inline void store_quants(int32_t* p, Lanes a) {
   for (int i = 0; i < 16; i += 2) {
     const auto low = static_cast<uint16_t>(static_cast<int16_t>(a.v[i]));

@@ -1,6 +1,6 @@
-// Included once by each kernels_<isa>.cpp, after its lanes: compiles the kernels for that set. Everything
-// but the table is in an unnamed namespace: code built with an instruction set's flags must not be
-// shared by the linker with code that has to run without it.
+// Compiles the kernels for one instruction set: each kernels_<isa>.cpp includes this file once, after its simd_*.h.
+// Everything but the table is in an unnamed namespace. The linker could otherwise replace a function of the
+// generic build by the same function compiled with AVX-512.
 #include <cstddef>
 #include <cstdint>
 #include <utility>
@@ -8,10 +8,8 @@
 #include "../kernels.h"
 #include "gemm.h"
 
-// attention.h uses exp() of elementwise.h, hence the blank line that keeps the order
-#include "elementwise.h"
-
 #include "attention.h"
+#include "elementwise.h"
 
 #define RECYCLE_NAME_OF(isa) #isa
 #define RECYCLE_NAME(isa) RECYCLE_NAME_OF(isa)
@@ -20,12 +18,12 @@ namespace recycle::RECYCLE_ISA {
 
 extern const Kernels kTable;
 const Kernels kTable = {RECYCLE_NAME(RECYCLE_ISA),
-                        product,
+                        gemm,
                         quantise,
                         rms_norm,
                         swiglu,
                         attend,
-                        merge_splits,
+                        combine_splits,
                         argmax,
                         read_stream,
                         max_value,

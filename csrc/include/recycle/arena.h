@@ -1,5 +1,5 @@
-// Cuts a caller's scratch buffer into aligned arrays. Run once without memory it says how many bytes are
-// needed; run again on the buffer it hands the arrays out.
+// Cuts a scratch buffer, which the caller owns, into aligned arrays. An arena without a buffer only counts:
+// used() is then the size the buffer must have.
 #pragma once
 
 #include <cstddef>
@@ -13,14 +13,15 @@ class Arena {
  public:
   explicit Arena(std::byte* base) : base_(base) {}
 
+  // An uninitialised array of `count` elements, aligned to a cache line.
   template <class T>
   T* take(int64_t count) {
-    std::byte* at = base_ + used_;
+    std::byte* array = base_ + used_;
     used_ += round_up(count * static_cast<int64_t>(sizeof(T)), kAlign);
-    return reinterpret_cast<T*>(at);
+    return reinterpret_cast<T*>(array);
   }
 
-  int64_t used() const { return used_; }
+  int64_t used() const { return used_; }  // bytes
 
  private:
   std::byte* base_;

@@ -1,5 +1,5 @@
-// decode_step: the base model over the pending tokens, the choice, and the module's new drafts: one
-// call, one parallel region. prefill: the same over a prompt.
+// decode_step: the base model over the pending tokens, the choice of what counts, and the module's new draft
+// tokens, in one call. prefill: the same over a prompt.
 #pragma once
 
 #include <cstddef>
@@ -12,46 +12,50 @@
 
 namespace recycle {
 
+// standard: no draft tokens. verify: a draft token counts if the base model agrees (choice.h).
+// alternate: every draft token counts.
 enum class Mode : int64_t { standard = 0, verify = 1, alternate = 2 };
 
-inline constexpr int64_t kMaxDrafts = 4;
+// Draft tokens of one sequence in one step.
+inline constexpr int64_t kMaxDraftTokens = 4;
 // Rows of a prompt that pass through the layers together.
 inline constexpr int64_t kPrefillRows = 64;
 
-// Free positions the caches must have for a step: the base writes k + 1 rows, the module the rows then
-// confirmed (k + 1 at most) and k - 1 of its own.
-constexpr int64_t positions_needed(int64_t drafts) {
-  return drafts > 0 ? 2 * drafts : 1;
+// Free positions the caches must have for a step with k draft tokens: the base model writes k + 1 rows; the
+// module writes the confirmed rows (at most k + 1), then k - 1 rows of its own.
+constexpr int64_t positions_needed(int64_t num_draft_tokens) {
+  return num_draft_tokens > 0 ? 2 * num_draft_tokens : 1;
 }
 
-// The module may have read less than the base: standard steps leave it out. It then reads on as if the text in
-// between weren't there, in rows that follow each other, so its lengths are its own; they stand still in
-// standard mode.
+// The module may have read fewer positions than the base model, because standard steps leave the module out.
+// The module then continues as if the tokens in between were absent: its rows follow each other, and its
+// lengths are counted apart. Standard steps leave these lengths as they are.
 struct DecodeState {
   const Model* model = nullptr;
   int64_t batch = 0;
-  int64_t drafts = 0;  // k; 0 in standard mode
+  int64_t num_draft_tokens = 0;  // k: of each sequence; 0 in standard mode
   Mode mode = Mode::standard;
   Sampling sampling;  // seeds: [batch]
   KvCache base_cache;
-  KvCache module_cache;          // unused in standard mode
-  int64_t* pending = nullptr;    // [batch, drafts + 1]; pending[b][0] < 0: the sequence is idle
-  int64_t* lengths = nullptr;    // [2, batch] positions in the base's cache, then in the module's
-  float* draft_probs = nullptr;  // [batch, drafts, draft vocabulary]; sampled verify mode only
+  KvCache module_cache;        // unused in standard mode
+  int64_t* pending = nullptr;  // [batch, k + 1]; pending[b][0] < 0: the sequence is idle
+  int64_t* lengths = nullptr;  // [2, batch] positions in the cache: the base model's, the module's
+  float* draft_probs = nullptr;  // [batch, k, draft vocabulary]; sampled verify mode only
   std::byte* scratch = nullptr;  // decode_scratch_bytes()
 
   int64_t* module_lengths() const { return lengths + batch; }
+  int64_t rows_per_sequence() const { return num_draft_tokens + 1; }
 };
 
-// Scratch for both calls below, with the present number of threads.
-int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t drafts, bool greedy,
-                             int n_threads);
+// Bytes of scratch for decode_step() and prefill() with this number of threads.
+int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t num_draft_tokens,
+                             bool greedy, int n_threads);
 
-// tokens [batch, drafts + 1]: the accepted drafts and one token of the base model's own, then -1;
-// counts [batch]: how many. On an error the state (pending, lengths) is as it was.
+// tokens: [batch, k + 1], the accepted draft tokens, one token of the base model's own, then -1.
+// counts: [batch], how many tokens of a row count. On an error, pending and lengths are unchanged.
 Status decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts);
 
-// Fills the caches of `sequence` with prompt [n_prompt] from position 0, and its pending tokens.
+// Fills the caches of `sequence` with prompt [n_prompt] from position 0 on, and sets its pending tokens.
 Status prefill(const DecodeState& state, int64_t sequence, const int64_t* prompt, int64_t n_prompt);
 
 }  // namespace recycle

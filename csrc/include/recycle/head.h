@@ -1,4 +1,4 @@
-// recycle_head: RMSNorm, output matrix, softmax and pick in one call.
+// recycle_head: RMSNorm, output matrix, softmax and the next token in one call.
 #pragma once
 
 #include <cstddef>
@@ -10,13 +10,13 @@
 namespace recycle {
 
 // How a token is chosen from logits: divide by the temperature, keep the top_k largest, of those the
-// smallest set whose probability reaches top_p, renormalise, draw. temperature 0: the largest logit
-// (the lowest id among equals).
+// smallest set whose probability reaches top_p, renormalise, draw. temperature 0 is greedy: the argmax, the
+// lowest id among equals.
 struct Sampling {
   float temperature = 0;
   int64_t top_k = 0;               // 0: all
   float top_p = 1;                 // 1: all
-  const int64_t* seeds = nullptr;  // one a sequence
+  const int64_t* seeds = nullptr;  // one of each sequence
 
   constexpr bool greedy() const { return temperature == 0; }
 };

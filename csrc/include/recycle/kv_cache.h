@@ -1,6 +1,6 @@
-// A key/value cache: [layer, k/v, sequence, head, position, row], contiguous, owned by the caller. A row is
-// head_dim floats or bfloat16s; or head_dim signed bytes and then their scale, a float32: value = byte *
-// scale, the largest of a row being 127.
+// A key/value cache: [layer, k/v, sequence, head, position, row], contiguous, owned by the caller. A row holds
+// head_dim floats, or head_dim bfloat16s, or head_dim signed bytes followed by their float32 scale (value =
+// byte * scale; the largest |byte| of a row is 127).
 #pragma once
 
 #include <cstddef>
@@ -27,7 +27,7 @@ struct KvCache {
   int64_t head_dim = 0;
 
   int64_t row_bytes() const { return cache_row_bytes(type, head_dim); }
-  // The first position of one head: [capacity, row]. kv: 0 keys, 1 values.
+  // Position 0 of one head: [capacity, row]. kv: 0 keys, 1 values.
   std::byte* head(int64_t layer, int64_t kv, int64_t sequence, int64_t kv_head) const {
     const int64_t index = ((layer * 2 + kv) * n_sequences + sequence) * n_kv_heads + kv_head;
     return data + index * capacity * row_bytes();

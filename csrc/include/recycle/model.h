@@ -1,8 +1,8 @@
-// The model as the kernels see it: views into one byte buffer, described by one table of int64.
+// The model as the kernels see it: views into one byte buffer, which one table of int64 describes.
 //
-// The table ("plan") keeps a call cheap (two tensors in place of 300) and the buffer is what the
-// kernels stream. Offsets are bytes from the start of the buffer, -1 for "absent". Vectors are
-// float32, matrices are packed as in format.h. recycle_ext/weights/ writes both.
+// The table is called the plan. It is a layout table, not an execution plan. It keeps a call cheap (two tensors
+// in place of 300). Offsets are bytes from the start of the buffer, -1 for "absent". Vectors are float32,
+// matrices are packed as in format.h. recycle_ext/weights/plan.py writes the plan.
 //
 //   header   magic, version, plan length, has_module
 //   base     stack, embedding (matrix), final_norm (vector), head (matrix), layers...
@@ -17,6 +17,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "recycle/format.h"
 
@@ -35,27 +36,26 @@ struct Layer {
   Matrix gate, up, down;
 };
 
-// A pile of transformer layers: the base model's, or the module's.
+// A stack of transformer layers: the base model's, or the module's.
 struct Stack {
   int64_t hidden = 0, intermediate = 0, n_layers = 0;
   int64_t n_heads = 0, n_kv_heads = 0, head_dim = 0;
   float eps = 0;
   const float* inv_freq = nullptr;  // [head_dim / 2]
-  const int64_t* layer_table = nullptr;
-  const std::byte* weights = nullptr;
+  std::vector<Layer> layers;        // [n_layers]
 
   int64_t q_size() const { return n_heads * head_dim; }
   int64_t kv_size() const { return n_kv_heads * head_dim; }
-  Layer layer(int64_t index) const;
 };
 
 struct Base {
   Stack stack;
   Matrix embedding;  // [vocab, hidden]
   const float* final_norm = nullptr;
-  Matrix head;  // [vocab, hidden]; the embedding itself where they are tied
+  Matrix head;  // [vocab, hidden]; with tied weights the same bytes as the embedding
 };
 
+// RecycleGPT's recyclable module, which drafts.
 struct Module {
   Stack stack;
   Matrix input_proj;  // [hidden, 2 hidden], embedding half first
@@ -74,9 +74,9 @@ struct Model {
   bool has_module = false;
 };
 
-// Reads a plan. Every offset and size is checked against `weights_bytes`, so that a wrong plan can
-// never read outside the buffer. Returns null, or what is wrong. readable: false where the weights are in a GPU's
-// memory, and can't be looked into.
+// Reads a plan, once for each op call: kernels only see the result. Every offset and size is checked against
+// `weights_bytes`, so that no kernel reads outside the buffer. Returns null, or what is wrong. readable: false
+// for weights in GPU memory, whose values (the draft vocabulary) can't be checked here.
 const char* read_plan(const int64_t* plan, int64_t plan_length, const std::byte* weights,
                       int64_t weights_bytes, Model* model, bool readable = true);
 

@@ -1,4 +1,4 @@
-// 16-bit floats, from and to float32, for processors and GPUs alike.
+// 16-bit floats from and to float32, for CPU and GPU code.
 #pragma once
 
 #include <bit>
@@ -10,7 +10,7 @@ constexpr float bf16_to_float(uint16_t value) {
   return std::bit_cast<float>(static_cast<uint32_t>(value) << 16);
 }
 
-// Rounds to nearest even; a NaN stays one.
+// Rounds to nearest even; a NaN stays a NaN.
 constexpr uint16_t to_bf16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   if ((bits & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>(bits >> 16 | 0x40);

@@ -1,9 +1,9 @@
-// One parallel region a step: every thread of the team runs the same function from start to end and
-// meets the others at barriers.
+// One parallel region a step: every thread of the team runs the same function from start to end, and the
+// threads wait for each other at barriers.
 //
-// What bounds it: a step of a 30-layer model has ~180 barriers, so a barrier must cost a fraction of a
-// microsecond. Threads therefore spin (bounded) before they sleep. With more threads than cores they
-// sleep at once: a spinning thread would only keep the one it waits for from running.
+// What bounds it: a step of a 30-layer model has about 180 barriers, so a barrier must cost a fraction of a
+// microsecond. Threads therefore spin (bounded) before they sleep. With more threads than cores they sleep
+// at once, because a spinning thread would only hold up the thread that it waits for.
 #pragma once
 
 #include <cstdint>
@@ -25,24 +25,33 @@ inline Range split(int64_t total, int thread, int n_threads) {
   return {total * thread / n_threads, total * (thread + 1) / n_threads};
 }
 
+// What a thread knows of its team.
 struct Team {
-  int thread;
+  int thread;  // its rank; rank 0 is the caller of parallel() and decides between passes
   int n_threads;
   Barrier* sync;
-  ThreadProfile* times = nullptr;  // null unless a profile is on
-  bool in_module = false;          // for the profile only
+  ThreadProfile* profile = nullptr;  // null unless a profile is on
+  bool in_module = false;            // for the profile only
 
+  bool is_leader() const { return thread == 0; }
   Range share(int64_t total) const { return split(total, thread, n_threads); }
-  // All threads have finished what stands before it, and see each other's writes, after it. `phase` says
-  // what stands before it.
+  // Returns once all threads have called it; each then sees what the others wrote. `phase` names the work
+  // that ends here.
   void barrier(Phase phase) const;
 };
 
 using ParallelFunction = void (*)(const Team& team, void* context);
 
-// Runs `function` on n_threads() threads, the caller being one of them; returns when all are done.
+// Runs `function` on n_threads() threads, of which the caller is one; returns when all are done.
 // Calls from several threads of a process run one after the other.
 void parallel(ParallelFunction function, void* context);
+
+// The same for a lambda: body(team).
+template <class Body>
+void parallel(const Body& body) {
+  parallel([](const Team& team, void* context) { (*static_cast<const Body*>(context))(team); },
+           const_cast<Body*>(&body));
+}
 
 int n_threads();
 // Takes effect at the next parallel(); 1 <= n <= kMaxThreads.

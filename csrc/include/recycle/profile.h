@@ -1,35 +1,36 @@
-// Where the time of a step goes: for each phase, what each thread worked and what it waited at the
-// barrier that ends the phase. Off, it costs one test a barrier; on, two readings of the clock.
+// Where the time of a step goes: for each phase, how long each thread works, and how long it waits at the
+// barrier that ends the phase. A profile that is off costs one test a barrier, one that is on two readings of
+// the clock.
 #pragma once
 
 #include <cstdint>
 
 namespace recycle {
 
-// A phase is what happens between two barriers; it is named at the barrier that ends it.
+// The work between two barriers, named at the barrier that ends it.
 enum class Phase : int32_t {
-  lead,       // thread 0 decides; embeddings, RoPE's angles
-  qkv,        // norm, q, k and v, RoPE, append
-  attention,  // scores and weighted values
-  output,     // merge of the splits, o
-  gate_up,    // norm, gate, up, SwiGLU
-  down,       // down
-  input,      // the module's input product
-  head,       // output matrix and running maximum
-  pick,       // maximum over the threads, or sampling
+  leader,      // rank 0 decides; embeddings, RoPE's angles
+  qkv,         // norm, q, k and v, RoPE, append
+  attention,   // scores and weighted values
+  output,      // combine of the splits, o
+  gate_up,     // norm, gate, up, SwiGLU
+  down,        // down
+  input_proj,  // the module's input projection
+  head,        // output matrix and running argmax
+  select,      // argmax over the threads, or sampling
 };
 inline constexpr int kPhases = 9;
 const char* phase_name(Phase phase);
 
 struct PhaseTime {
-  double work = 0;  // seconds, the average thread's
-  double wait = 0;
-  int64_t count = 0;  // times the phase was run
+  double work = 0;    // seconds, mean over the threads
+  double wait = 0;    // likewise
+  int64_t count = 0;  // how often the phase ran
 };
 
-// Starts over with empty sums, or stops. Not while a step runs.
+// Starts with empty sums, or stops. Must not be called while a step runs.
 void profile(bool on);
-// What was added up since profile(true). is_module: of the module's layers, else of the rest.
+// The sums since profile(true): of the module's phases (is_module), or of the others.
 PhaseTime phase_time(Phase phase, bool is_module);
 
 }  // namespace recycle

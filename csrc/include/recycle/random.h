@@ -1,15 +1,15 @@
 // Counter-based random numbers: Philox-4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers:
 // as easy as 1, 2, 3", SC 2011, section 4.3).
 //
-// A draw is a pure function of (seed, position, stream), so that a sequence samples the same tokens
-// in whatever batch it runs, and a draw that is not needed is simply not made.
+// A draw is a pure function of (seed, position, stream): a sequence samples the same tokens in every batch,
+// and skipping a draw changes no other draw.
 #pragma once
 
 #include <cstdint>
 
 namespace recycle {
 
-// What the draw at a position is for; one position never uses a stream twice for one token.
+// The purpose of a draw. Each position uses a stream at most once.
 enum class Stream : uint32_t { sample = 0, accept = 1, draft = 2, resample = 3 };
 
 // Uniform in [0, 1), 24 random bits.

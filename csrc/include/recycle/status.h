@@ -1,5 +1,5 @@
-// What a kernel entry point reports. Kernels never throw and never print: the binding turns a
-// status into a Python exception.
+// The result of a kernel entry point. Kernels never throw and never print; the bindings turn a status into a
+// Python exception.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace recycle {
 
 enum class StatusCode : int32_t {
   ok = 0,
-  non_finite = 1,  // a logit was NaN or infinite; `sequence` and `position` say where
+  nonfinite = 1,  // a logit was NaN or infinite, at `sequence` and `position`
 };
 
 struct Status {

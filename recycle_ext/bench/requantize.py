@@ -1,4 +1,4 @@
-"""A GGUF file in another width, so that llama.cpp reads as many bits a weight as we do."""
+"""A GGUF file requantized to another dtype, so that llama.cpp reads as many bits per weight as recycle_ext."""
 
 from __future__ import annotations
 
@@ -14,26 +14,19 @@ from recycle_ext.checkpoint.gguf import GgufHeader
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFReader
 
-# Type of the layers' matrices, and of embedding and head, as in packing.DTYPES; F16 is what llama.cpp is
-# at home in with 16 bits.
-_TYPES = {
-    "f32": ("F32", "F32"),
-    "bf16": ("F16", "F16"),
-    "q8": ("Q8_0", "Q8_0"),
-    "q4": ("Q4_0", "Q8_0"),
-}
+# The GGUF types of the layers' matrices, and of embedding and head, as weights/pack.py packs them. F16 stands for bf16:
+# F16 is llama.cpp's usual type of 16 bits.
+_TYPES = {"f32": ("F32", "F32"), "bf16": ("F16", "F16"), "q8": ("Q8_0", "Q8_0"), "q4": ("Q4_0", "Q8_0")}
 
 
 def matrix_bytes(header: GgufHeader) -> tuple[int, str]:
-    """Bytes of the matrices that a decode step reads, and their types, the commonest first."""
+    """Bytes of the matrices that a decode step reads, and their types by falling share of the bytes."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     sizes: Counter[str] = Counter()
     for name, tensor in header.tensors.items():
-        # Of an embedding beside an output matrix, a step reads one row.
-        if len(tensor.shape) == 2 and not (
-            name == "token_embd.weight" and "output.weight" in header.tensors
-        ):
+        # A step reads one row of an embedding that has an output matrix beside it.
+        if len(tensor.shape) == 2 and not (name == "token_embd.weight" and "output.weight" in header.tensors):
             kind = GGMLQuantizationType(tensor.ggml_type)
             block, block_bytes = GGML_QUANT_SIZES[kind]
             sizes[kind.name.lower()] += tensor.shape[0] * tensor.shape[1] // block * block_bytes
@@ -41,7 +34,7 @@ def matrix_bytes(header: GgufHeader) -> tuple[int, str]:
 
 
 def _layer_type(header: GgufHeader) -> str:
-    """The type that most weights of the layers have."""
+    """The commonest type of the layers' weights."""
     from gguf import GGMLQuantizationType
 
     weights: Counter[int] = Counter()
@@ -51,41 +44,39 @@ def _layer_type(header: GgufHeader) -> str:
     return GGMLQuantizationType(weights.most_common(1)[0][0]).name
 
 
-def write_same_width(
-    source: Path, width: str, scratch: Path, note: Callable[[str], None]
-) -> str | None:
-    """Path of ``source`` in ``width``, written into ``scratch`` unless it is so already.
+def requantized_file(source: Path, dtype: str, scratch: Path, note: Callable[[str], None]) -> str | None:
+    """Path of a GGUF file with the weights of ``source`` in ``dtype``: ``source`` itself, or a new file in ``scratch``.
 
-    width: of _TYPES, or "native". None, and a note, if the file cannot be written.
+    dtype: of _TYPES, or "native". None, and a line to ``note``, if the file cannot be written.
     """
     from gguf import GGUFReader
 
     header = GgufHeader(source)
     _, types = matrix_bytes(header)
-    wanted = _TYPES.get(width)
+    wanted = _TYPES.get(dtype)
     if wanted is None or set(types.upper().split(", ")) == set(wanted):
         return str(source)
-    # 4 bits are 4 bits: such a file is not quantised again, as in packing.py.
-    if width == "q4" and _layer_type(header).removeprefix("I").startswith("Q4"):
+    # A second rounding from one 4-bit type to another would lose precision and save no bytes.
+    if dtype == "q4" and _layer_type(header).removeprefix("I").startswith("Q4"):
         return str(source)
-    target = scratch / f"{source.stem}-{width}.gguf"
-    note(f"writing {width} weights ({', '.join(dict.fromkeys(wanted))}) for llama.cpp")
+    target = scratch / f"{source.stem}-{dtype}.gguf"
+    note(f"writing {dtype} weights ({', '.join(dict.fromkeys(wanted))}) for llama.cpp")
     try:
         _convert(GGUFReader(source), target, *wanted)
     except (OSError, NotImplementedError) as error:
-        note(f"llama.cpp in {width} is left out: {target} cannot be written: {error}")
+        note(f"llama.cpp in {dtype} is left out: {target} cannot be written: {error}")
         return None
     return str(target)
 
 
 def _convert(reader: GGUFReader, target: Path, layer_type: str, head_type: str) -> None:
-    """Copies metadata, requantises matrices, keeps vectors in float32; one tensor in memory at a time."""
+    """Copies the metadata and requantizes the matrices; vectors stay float32. One tensor is in memory at a time."""
     import gguf
     from gguf.quants import dequantize, quantize
 
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
     for key, field in reader.fields.items():
-        # What the writer writes itself, or what is no longer so.
+        # The writer writes the first two itself; the file type changes.
         if not key.startswith("GGUF.") and key not in (
             "general.architecture",
             "general.alignment",
@@ -100,7 +91,7 @@ def _convert(reader: GGUFReader, target: Path, layer_type: str, head_type: str) 
             return gguf.GGMLQuantizationType.F32
         is_head = tensor.name in ("token_embd.weight", "output.weight")
         name = head_type if is_head else layer_type
-        # GGUF counts dimensions from the fastest. A row that has no whole blocks stays in 16 bits.
+        # shape[0] is the length of a row. A row that is no multiple of the block size stays in 16 bits.
         if name.startswith("Q") and tensor.shape[0] % 32:
             name = "F16"
         return gguf.GGMLQuantizationType[name]
