@@ -56,10 +56,7 @@ class States:
 def write_shard(file: Path, tokens: Tensor, hidden: Tensor, fingerprint: str) -> None:
     """Writes a shard of the base with this fingerprint. A reader sees the file whole, or not at all."""
     part = file.with_suffix(".part")
-    tensors = {
-        "tokens": tokens.int().contiguous(),
-        "hidden": hidden.to(torch.bfloat16).contiguous(),
-    }
+    tensors = {"tokens": tokens.int().contiguous(), "hidden": hidden.to(torch.bfloat16).contiguous()}
     save_file(tensors, part, {"fingerprint": fingerprint})
     part.replace(file)
 
@@ -72,9 +69,7 @@ def read_shard(file: Path, fingerprint: str) -> tuple[Tensor, Tensor]:
     try:
         with safe_open(file, "pt") as opened:
             if (opened.metadata() or {}).get("fingerprint") != fingerprint:
-                raise RecycleError(
-                    f"{file}: text of another base model; give --output a directory of its own"
-                )
+                raise RecycleError(f"{file}: text of another base model; give --output a directory of its own")
             return opened.get_tensor("tokens"), opened.get_tensor("hidden")
     except (OSError, SafetensorError) as error:
         raise RecycleError(f"{file}: damaged ({error}); delete it and run again") from None
@@ -100,9 +95,7 @@ def shards_of_written_text(
     n_shards = -(-n_tokens // (WRITE_BATCH * length))
     files = [folder / f"self-{seed}-{length}-{index:03d}.safetensors" for index in range(n_shards)]
     total = n_shards * WRITE_BATCH * length
-    with tqdm(
-        total=total, desc="writing text", unit=" tokens", disable=not workers.is_leader
-    ) as bar:
+    with tqdm(total=total, desc="writing text", unit=" tokens", disable=not workers.is_leader) as bar:
         for index, file in enumerate(files):
             if file.exists():
                 read_shard(file, fingerprint)
@@ -110,9 +103,7 @@ def shards_of_written_text(
             elif index % workers.count == workers.rank:
                 shard_seed = 1000 + 1000 * seed + index
                 prompts = Prompts(tokenizer, shard_seed)
-                written = write_text(
-                    base, prompts, ends, WRITE_BATCH, length, shard_seed, bar.update
-                )
+                written = write_text(base, prompts, ends, WRITE_BATCH, length, shard_seed, bar.update)
                 write_shard(file, *written, fingerprint)
     workers.wait()
     return [read_shard(file, fingerprint) for file in files]
