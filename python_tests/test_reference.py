@@ -65,10 +65,7 @@ def test_hidden_states_and_logits_equal_transformers(tmp_path, architecture, siz
 
 def test_rope_scaling_of_llama_3_equals_transformers():
     config = transformers.LlamaConfig(
-        hidden_size=64,
-        num_attention_heads=2,
-        head_dim=32,
-        rope_parameters={"rope_theta": 5e5, **LLAMA3},
+        hidden_size=64, num_attention_heads=2, head_dim=32, rope_parameters={"rope_theta": 5e5, **LLAMA3}
     )
     rope = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
     scaling = RopeScaling(8.0, 1.0, 4.0, 64)

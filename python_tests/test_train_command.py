@@ -67,9 +67,7 @@ def test_module_from_another_starts_with_lower_loss(joint, text, tmp_path, capsy
     assert command.main([*arguments, *more]) == 0
     assert "layers.1.mlp.up_proj.weight" in load_file(tmp_path / "more" / "module.safetensors")
     assert command.main([*arguments, "--shape", "eagle", "--output", str(tmp_path / "no")]) == 2
-    assert "tensor embed_norm.weight is [32]; --layers and --shape ask for no such tensor" in (
-        capsys.readouterr().err
-    )
+    assert "tensor embed_norm.weight is [32]; --layers and --shape ask for no such tensor" in (capsys.readouterr().err)
 
 
 def test_joint_without_module_weight_trains_the_base_alone(tmp_path):
@@ -94,9 +92,7 @@ def test_transformers_reads_a_trained_base(joint):
     tokens = torch.tensor([base.tokenizer.encode("the cat sat on the mat")])
     ours = reference_base(base, torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(
-            ours.logits(ours(tokens)), theirs(tokens).logits, rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(ours.logits(ours(tokens)), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu

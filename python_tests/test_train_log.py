@@ -43,25 +43,19 @@ def test_log_of_resumed_run_drops_later_and_broken_rows(log, tmp_path):
 
 
 def test_screen_line_has_losses_acceptance_and_speed():
-    assert screen_line(ROWS[0]) == (
-        "step 20: loss 5.8000, held out loss 6.4000, acceptance 0.420 0.220, 1020 tokens/s"
-    )
+    assert screen_line(ROWS[0]) == ("step 20: loss 5.8000, held out loss 6.4000, acceptance 0.420 0.220, 1020 tokens/s")
 
 
 def test_plot_draws_every_loss_and_acceptance_of_the_log(log):
     pytest.importorskip("matplotlib", reason="the extra `train` brings it")
     left, right = log.figure().axes
     drawn = {
-        title: {
-            line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.get_lines()
-        }
+        title: {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.get_lines()}
         for axes, title in ((left, "loss, nats a token"), (right, "held-out acceptance"))
         if axes.get_title() == title and axes.get_xlabel() == "step"
     }
     expected = {
-        title: {
-            name.replace("_", " "): [(row["step"], row[name]) for row in ROWS] for name in names
-        }
+        title: {name.replace("_", " "): [(row["step"], row[name]) for row in ROWS] for name in names}
         for title, names in (
             ("loss, nats a token", ("loss", "held_out_loss")),
             ("held-out acceptance", ("acceptance_1", "acceptance_2")),

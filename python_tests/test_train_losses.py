@@ -38,9 +38,7 @@ def test_head_loss_and_gradients_equal_autograds(monkeypatch, soft, hard, rows_p
     states, target_states, head, labels, weight = inputs()
     ours = [states.clone().requires_grad_(), head.clone().requires_grad_()]
     theirs = [states.clone().requires_grad_(), head.clone().requires_grad_()]
-    loss = head_loss(
-        *ours, target_states=target_states, labels=labels, weight=weight, soft=soft, hard=hard
-    )
+    loss = head_loss(*ours, target_states=target_states, labels=labels, weight=weight, soft=soft, hard=hard)
     exact = loss_over_all_logits(*theirs, target_states, labels, weight, soft, hard)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
     (3 * loss).backward()
@@ -53,9 +51,7 @@ def test_head_loss_in_bfloat16_is_as_exact_as_torchs_cross_entropy():
     states, target_states, head, labels, weight = inputs()
     exact_states = states.bfloat16().double().requires_grad_()
     head, target_states = head.bfloat16(), target_states.bfloat16()
-    exact = loss_over_all_logits(
-        exact_states, head.double(), target_states.double(), labels, weight.double(), 1.0, 0.0
-    )
+    exact = loss_over_all_logits(exact_states, head.double(), target_states.double(), labels, weight.double(), 1.0, 0.0)
     exact.backward()
     errors = {}
     for name in ("ours", "native"):
@@ -91,6 +87,4 @@ def test_regression_loss_equals_weighted_mean_of_smooth_l1():
     states, target_states, _, _, weight = inputs(torch.float32)
     each = [F.smooth_l1_loss(g, h).item() for g, h in zip(states, target_states, strict=True)]
     expected = sum(e * w for e, w in zip(each, weight.tolist(), strict=True))
-    assert regression_loss(states, target_states, weight).item() == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert regression_loss(states, target_states, weight).item() == pytest.approx(expected, rel=1e-5)

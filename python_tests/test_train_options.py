@@ -58,9 +58,7 @@ def test_base_without_tokenizer_is_refused(base, tmp_path, capsys):
 
 def test_batch_that_does_not_divide_is_refused(tmp_path, capsys):
     assert train_joint(tmp_path, tmp_path / "out", "--accumulate", "3") == 2
-    assert (
-        "--batch-sequences is 8; it must be a multiple of --accumulate" in capsys.readouterr().err
-    )
+    assert "--batch-sequences is 8; it must be a multiple of --accumulate" in capsys.readouterr().err
 
 
 def test_text_of_another_base_is_refused(tmp_path, capsys):
@@ -89,9 +87,7 @@ def test_run_of_another_base_is_not_resumed(tmp_path, capsys):
 
 def test_out_of_memory_names_the_options_that_help(tmp_path, capsys, monkeypatch):
     def no_memory(*_):
-        raise RuntimeError(
-            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"
-        )
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
 
     monkeypatch.setattr(Trainer, "train_step", no_memory)
     assert train_joint(tmp_path, tmp_path / "out", "--steps", "2") == 2

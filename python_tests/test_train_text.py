@@ -72,10 +72,7 @@ def test_missing_file_is_refused(tmp_path):
 
 def test_packed_documents_end_with_the_end_token():
     sequences = packed(Words(), iter(["a bb", "ccc", "d"]), 3)
-    assert sequences.tolist() == [
-        [1, 2, 0],
-        [3, 0, 1],
-    ]  # the last end token is in an incomplete sequence
+    assert sequences.tolist() == [[1, 2, 0], [3, 0, 1]]  # the last end token is in an incomplete sequence
     with pytest.raises(RecycleError, match="--text has 2 tokens; at least two sequences"):
         packed(Words(), iter(["a"]), 3)
 

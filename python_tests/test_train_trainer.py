@@ -69,10 +69,7 @@ def test_checkpoint_of_another_shape_is_refused(base, states, tmp_path):
 
 
 def test_accumulation_changes_memory_not_the_step(base, states, tmp_path):
-    weights = [
-        finish(frozen_trainer(base, states, steps=5, accumulate=n), tmp_path / f"{n}.pt")
-        for n in (1, 4)
-    ]
+    weights = [finish(frozen_trainer(base, states, steps=5, accumulate=n), tmp_path / f"{n}.pt") for n in (1, 4)]
     config = frozen_trainer(base, states).task.module.config
     for name, value in initial_module(config, reference_base(base), 0).state_dict().items():
         moved = (weights[0][name] - value).norm()

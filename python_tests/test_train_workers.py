@@ -20,9 +20,7 @@ ARGUMENTS += ["--module-dtype", "f32"]
 
 def run_two_processes(arguments: list[str]) -> subprocess.CompletedProcess:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*run, "-m", "recycle_ext.train", *arguments], capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run([*run, "-m", "recycle_ext.train", *arguments], capture_output=True, text=True, timeout=300)
 
 
 def module_weights(folder: Path) -> torch.Tensor:

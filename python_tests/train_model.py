@@ -56,9 +56,7 @@ def sampled_states(base: Checkpoint) -> States:
     return States([(tokens[:120], hidden[:120]), (tokens[120:], hidden[120:])])
 
 
-def frozen_trainer(
-    base: Checkpoint, states: States, targets: Targets | None = None, **options
-) -> Trainer:
+def frozen_trainer(base: Checkpoint, states: States, targets: Targets | None = None, **options) -> Trainer:
     """A trainer of a new one-layer module."""
     config = ModuleConfig.like(base.config, 1, fingerprint=base.fingerprint)
     module = initial_module(config, reference_base(base, torch.float32), 0)

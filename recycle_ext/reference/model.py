@@ -96,9 +96,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KvCache | None, layer: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KvCache | None, layer: int) -> Tensor:
         """x [B, T, d], cos and sin [T, head_dim] -> [B, T, d]. layer: index of this layer in the cache."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = apply_rope(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
@@ -143,9 +141,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(d, eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KvCache | None, layer: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KvCache | None, layer: int) -> Tensor:
         """As Attention.forward."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -212,14 +208,11 @@ class RecyclableModule(nn.Module):
         self.hidden_norm = RMSNorm(d, eps) if config.hidden_norm else nn.Identity()
         self.output_norm = RMSNorm(d, eps) if config.output_norm else nn.Identity()
         self.layers = nn.ModuleList(
-            Layer(config, input_norm=config.first_input_norm or index > 0)
-            for index in range(config.n_layers)
+            Layer(config, input_norm=config.first_input_norm or index > 0) for index in range(config.n_layers)
         )
         self.register_buffer("inv_freq", config.inv_freq(), persistent=False)
 
-    def forward(
-        self, embedding: Tensor, hidden: Tensor, cache: KvCache | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, embedding: Tensor, hidden: Tensor, cache: KvCache | None = None) -> tuple[Tensor, Tensor]:
         """Rows i = first, first + 1, ..., where ``first`` is the cache's length (0 without a cache).
 
         embedding [B, T, d]: e(x_{i+1}). hidden [B, T, d]: h_i. Returns g_i, which replaces h_i for a further draft token,
@@ -230,9 +223,7 @@ class RecyclableModule(nn.Module):
         if self.config.zero_first_embedding and first == 0:
             embedding = torch.cat((torch.zeros_like(embedding[:, :1]), embedding[:, 1:]), dim=1)
         cos, sin = rope_tables(self.inv_freq, positions)
-        x = self.input_proj(
-            torch.cat((self.embed_norm(embedding), self.hidden_norm(hidden)), dim=-1)
-        )
+        x = self.input_proj(torch.cat((self.embed_norm(embedding), self.hidden_norm(hidden)), dim=-1))
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, cache, index)
         return x, self.output_norm(x)

@@ -43,9 +43,7 @@ def attention_decode(
         cache[1, b, :, length : length + rows] = to_rows(v[b].transpose(0, 1), cache.dtype)
         seen = from_rows(cache[:, b, :, : length + rows], q.dtype)
         mask = torch.arange(length + rows)[None, :] <= positions[:, None]
-        attended = F.scaled_dot_product_attention(
-            queries[None], seen[0][None], seen[1][None], mask, enable_gqa=True
-        )
+        attended = F.scaled_dot_product_attention(queries[None], seen[0][None], seen[1][None], mask, enable_gqa=True)
         out[b] = attended[0].transpose(0, 1)
     return out
 
@@ -87,12 +85,7 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
     low = 0xFFFFFFFF
     for _ in range(10):
         first, second = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
-        counter = [
-            (second >> 32) ^ counter[1] ^ key[0],
-            second & low,
-            (first >> 32) ^ counter[3] ^ key[1],
-            first & low,
-        ]
+        counter = [(second >> 32) ^ counter[1] ^ key[0], second & low, (first >> 32) ^ counter[3] ^ key[1], first & low]
         key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
     return counter
 
@@ -146,9 +139,7 @@ def recycle_head(
     else:
         tokens = torch.tensor(
             [
-                sample(
-                    distribution(row, temperature, top_k, top_p), uniform(seed, p, Stream.SAMPLE)
-                )
+                sample(distribution(row, temperature, top_k, top_p), uniform(seed, p, Stream.SAMPLE))
                 for row, p, seed in zip(logits, positions.tolist(), seeds.tolist(), strict=True)
             ]
         )

@@ -66,28 +66,19 @@ def train(options: argparse.Namespace, workers: Workers) -> dict[str, float]:
             tqdm.write(line, sys.stderr)
 
     folder = output_folder(options, workers)
-    if options.joint:
-        task = joint_task(options, folder, workers)
-    else:
-        task = frozen_task(options, folder, workers, tell)
+    task = joint_task(options, folder, workers) if options.joint else frozen_task(options, folder, workers, tell)
     trainer = Trainer(task, train_options(options), workers)
     checkpoint = folder / "training.pt"
     if checkpoint.exists():
         trainer.load(checkpoint)
     n_trained = sum(parameter.numel() for parameter in task.parameters())
-    tell(
-        f"{n_trained / 1e6:.2f} million parameters; {task.n_train} sequences of {options.length} tokens"
-    )
+    tell(f"{n_trained / 1e6:.2f} million parameters; {task.n_train} sequences of {options.length} tokens")
     log = Log(folder, trainer.step) if workers.is_leader else None
     figures: dict[str, float] = {}
     steps: list[TrainStep] = []  # since the last row of the log
     started = time.monotonic()
     with tqdm(
-        total=options.steps,
-        initial=trainer.step,
-        desc="training",
-        unit=" steps",
-        disable=not workers.is_leader,
+        total=options.steps, initial=trainer.step, desc="training", unit=" steps", disable=not workers.is_leader
     ) as bar:
         for step in trainer.run(checkpoint):
             bar.update()

@@ -60,10 +60,7 @@ class Draft:
 
 
 def chain(
-    module: Callable[..., tuple[Tensor, Tensor]],
-    embedding: Tensor,
-    hidden: Tensor,
-    num_draft_tokens: int,
+    module: Callable[..., tuple[Tensor, Tensor]], embedding: Tensor, hidden: Tensor, num_draft_tokens: int
 ) -> Iterator[Draft]:
     """Drafts 1 .. ``num_draft_tokens``; row p of each predicts x_{p+2}.
 
@@ -76,9 +73,7 @@ def chain(
         hidden = torch.cat((states[:, :1], states[:, :-1]), 1)
 
 
-def count_accepted(
-    draft_tokens: list[Tensor], base_tokens: Tensor, text_tokens: Tensor
-) -> tuple[list[int], list[int]]:
+def count_accepted(draft_tokens: list[Tensor], base_tokens: Tensor, text_tokens: Tensor) -> tuple[list[int], list[int]]:
     """How many tokens of each draft greedy verify mode accepts, and how many it verifies.
 
     draft_tokens: for each draft [B, T], the module's argmax for x_{p+2} at row p. base_tokens [B, T]: the base's.

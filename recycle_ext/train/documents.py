@@ -43,9 +43,7 @@ def _read(file: Path) -> Iterator[TextIO]:
     except OSError as error:
         raise RecycleError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise RecycleError(
-            f"{file}: not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from None
+        raise RecycleError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def _whole(file: Path, field: str) -> Iterator[str]:
@@ -64,9 +62,7 @@ def _lines(file: Path, field: str) -> Iterator[str]:
                 raise RecycleError(f"{file}, line {number}: not JSON: {error}") from None
             if not isinstance(row, dict) or field not in row:
                 given = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise RecycleError(
-                    f'{file}, line {number}: no "{field}" (there is: {given}); --text-field names it'
-                )
+                raise RecycleError(f'{file}, line {number}: no "{field}" (there is: {given}); --text-field names it')
             yield _text(row[field], f"{file}, line {number}", field)
 
 
@@ -80,9 +76,7 @@ def _rows(file: Path, field: str) -> Iterator[str]:
         opened = ParquetFile(file)
         if field not in opened.schema_arrow.names:
             there = ", ".join(opened.schema_arrow.names)
-            raise RecycleError(
-                f'{file}: no column "{field}" (there is: {there}); --text-field names it'
-            )
+            raise RecycleError(f'{file}: no column "{field}" (there is: {there}); --text-field names it')
         for batch in opened.iter_batches(columns=[field]):
             for value in batch.column(0).to_pylist():
                 yield _text(value, str(file), field)
@@ -116,7 +110,5 @@ def packed(tokenizer: Tokenizer, texts: Iterator[str], length: int) -> Tensor:
         ids += end
     count = len(ids) // length
     if count < 2:
-        raise RecycleError(
-            f"--text has {len(ids)} tokens; at least two sequences of --length {length} are needed"
-        )
+        raise RecycleError(f"--text has {len(ids)} tokens; at least two sequences of --length {length} are needed")
     return torch.tensor(ids[: count * length]).view(count, length)

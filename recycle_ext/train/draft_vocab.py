@@ -80,9 +80,7 @@ class Candidate:
             raise RecycleError(f"draft vocabulary of {len(self.ids)} tokens: {error}") from None
 
 
-def with_draft_vocab(
-    module: ModuleCheckpoint, base: Checkpoint, ids: Tensor, folder: Path
-) -> ModuleCheckpoint:
+def with_draft_vocab(module: ModuleCheckpoint, base: Checkpoint, ids: Tensor, folder: Path) -> ModuleCheckpoint:
     """The module with another draft vocabulary, ids [n] int64 ascending, saved in ``folder``."""
     config = replace(module.config, draft_vocab_size=len(ids))
     save_module(folder, config, module.state_dict() | {"draft_vocab": ids})
@@ -165,9 +163,7 @@ def choose(options: argparse.Namespace) -> int:
     module = open_module(folder, base)
     sizes = numbers("--sizes", options.sizes)
     if max(sizes) > base.config.vocab_size:
-        raise RecycleError(
-            f"--sizes has {max(sizes)}; the base's vocabulary has {base.config.vocab_size}"
-        )
+        raise RecycleError(f"--sizes has {max(sizes)}; the base's vocabulary has {base.config.vocab_size}")
     shards = sorted([*folder.glob("self-*.safetensors"), *folder.glob("read-*.safetensors")])
     if not shards:
         raise RecycleError(
@@ -179,15 +175,7 @@ def choose(options: argparse.Namespace) -> int:
     tokens = torch.cat([read_shard(file, base.fingerprint)[0] for file in shards])
     n_held_out = count_held_out(len(tokens), options.held_out)
     prompts = tokens[-n_held_out:][: options.prompts, :PROMPT_TOKENS].tolist()
-    candidates = measure(
-        module,
-        base,
-        tokens[:-n_held_out],
-        prompts,
-        sizes,
-        options.dtype,
-        options.module_dtype,
-    )
+    candidates = measure(module, base, tokens[:-n_held_out], prompts, sizes, options.dtype, options.module_dtype)
     print(table(candidates))
     best = max(candidates, key=lambda candidate: candidate.tokens_per_second)
     with_draft_vocab(module, base, best.ids, folder)

@@ -36,14 +36,7 @@ class Targets:
     decay: float = 0.7  # weight of a draft token relative to the one before
 
 
-_LAYER_SIZES = (
-    "intermediate_size",
-    "n_heads",
-    "n_kv_heads",
-    "head_dim",
-    "qkv_bias",
-    "qk_norm",
-)
+_LAYER_SIZES = ("intermediate_size", "n_heads", "n_kv_heads", "head_dim", "qkv_bias", "qk_norm")
 
 
 def initial_module(config: ModuleConfig, base: BaseModel, seed: int) -> RecyclableModule:
@@ -173,10 +166,7 @@ class FrozenBase(Task):
                 states = draft.states[:, draft.first :].flatten(0, 1).to(self.dtype)
                 target_states = target_hidden[:, draft.first :].flatten(0, 1)
                 weight = torch.full(
-                    (len(states),),
-                    draft_weight / len(states),
-                    dtype=torch.float32,
-                    device=states.device,
+                    (len(states),), draft_weight / len(states), dtype=torch.float32, device=states.device
                 )
                 total = total + head_loss(
                     states,
@@ -212,18 +202,11 @@ class FrozenBase(Task):
             with self._autocast():
                 for draft in chain(module, embedding, hidden, MEASURED_DRAFT_TOKENS):
                     best = self._argmax(draft.states.to(self.dtype), self.head)
-                    draft_tokens.append(
-                        best if self.draft_vocab is None else self.draft_vocab[best]
-                    )
+                    draft_tokens.append(best if self.draft_vocab is None else self.draft_vocab[best])
             text_tokens = F.pad(tokens[:, 1:], (0, 1), value=-1)
-            counts += torch.tensor(
-                count_accepted(draft_tokens, base_tokens, text_tokens), device=counts.device
-            )
+            counts += torch.tensor(count_accepted(draft_tokens, base_tokens, text_tokens), device=counts.device)
         accepted, verified = self.workers.sum(counts).tolist()
-        return {
-            f"acceptance_{k + 1}": accepted[k] / max(1, verified[k])
-            for k in range(MEASURED_DRAFT_TOKENS)
-        }
+        return {f"acceptance_{k + 1}": accepted[k] / max(1, verified[k]) for k in range(MEASURED_DRAFT_TOKENS)}
 
     @staticmethod
     def _argmax(states: Tensor, head: Tensor) -> Tensor:

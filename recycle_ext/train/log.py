@@ -50,10 +50,7 @@ class Log:
         losses = [name for name in self.rows[-1] if "loss" in name]
         shares = [name for name in self.rows[-1] if name.startswith("acceptance")]
         steps = [row["step"] for row in self.rows]
-        for axes, names, title in (
-            (left, losses, "loss, nats a token"),
-            (right, shares, "held-out acceptance"),
-        ):
+        for axes, names, title in ((left, losses, "loss, nats a token"), (right, shares, "held-out acceptance")):
             for name in names:
                 values = [row.get(name) for row in self.rows]
                 axes.plot(steps, values, label=name.replace("_", " "), linewidth=1.5)
@@ -78,9 +75,7 @@ class Log:
 def screen_line(row: dict[str, Any]) -> str:
     """A row of the log as one line for the screen."""
     parts = [f"step {row['step']}: loss {row['loss']:.4f}"]
-    parts += [
-        f"{name.replace('_', ' ')} {value:.4f}" for name, value in row.items() if "held_out" in name
-    ]
+    parts += [f"{name.replace('_', ' ')} {value:.4f}" for name, value in row.items() if "held_out" in name]
     shares = [value for name, value in row.items() if name.startswith("acceptance_")]
     if shares:
         parts.append("acceptance " + " ".join(f"{share:.3f}" for share in shares))

@@ -21,9 +21,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--output",
-        required=True,
-        help="directory of the module, the run's text and its unfinished state",
+        "--output", required=True, help="directory of the module, the run's text and its unfinished state"
     )
     _add_models(parser)
     _add_text(parser)
@@ -55,21 +53,12 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         default="q4",
         help="format the module will run in; training rounds its matrices to it (not with --joint)",
     )
-    add(
-        "--shard-base",
-        action="store_true",
-        help="under torchrun: split the frozen base's weights over the processes",
-    )
+    add("--shard-base", action="store_true", help="under torchrun: split the frozen base's weights over the processes")
 
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("text").add_argument
-    add(
-        "--text",
-        nargs="+",
-        metavar="FILE",
-        help="UTF-8 text, .jsonl or .parquet; none: the base writes the text",
-    )
+    add("--text", nargs="+", metavar="FILE", help="UTF-8 text, .jsonl or .parquet; none: the base writes the text")
     add("--text-field", default="text", help="field of .jsonl and .parquet with the text")
     add(
         "--self-generate",
@@ -79,7 +68,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         help="text that the base writes, from the prompts in recycle_ext/train/prompts.txt",
     )
     add("--length", type=int, default=384, help="tokens of a sequence")
-    add("--held-out", type=float, default=0.02, help="share of the sequences kept for measuring")
+    add("--held-out", type=float, default=0.02, help="share of the sequences for measuring alone")
     add("--online", action="store_true", help="run the base in each step and store no states")
 
 
@@ -112,24 +101,14 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of the steps after which draft tokens 2 and on are trained too",
     )
-    add(
-        "--module-weight",
-        type=float,
-        default=1.0,
-        help="with --joint: weight of the module's loss; 0: no module",
-    )
+    add("--module-weight", type=float, default=1.0, help="with --joint: weight of the module's loss; 0: no module")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     defaults = TrainOptions()
     add = parser.add_argument_group("run").add_argument
     add("--steps", type=int, default=defaults.steps)
-    add(
-        "--batch-sequences",
-        type=int,
-        default=defaults.batch_sequences,
-        help="sequences of a step, over all processes",
-    )
+    add("--batch-sequences", type=int, default=defaults.batch_sequences, help="sequences of a step, over all processes")
     add(
         "--accumulate",
         type=int,
@@ -144,12 +123,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=defaults.seed)
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--evaluate-every", type=int, default=defaults.evaluate_every, metavar="STEPS")
-    add(
-        "--save-seconds",
-        type=float,
-        default=defaults.save_seconds,
-        help="time between saves of the unfinished run",
-    )
+    add("--save-seconds", type=float, default=defaults.save_seconds, help="time between saves of the unfinished run")
     add("--resume", action="store_true", help="go on with the run in --output")
 
 
@@ -187,9 +161,7 @@ def check_options(options: argparse.Namespace) -> None:
     if options.joint and options.base:
         raise RecycleError("--joint trains a base from scratch; --base names an existing one")
     if options.shard_base and not (options.online and options.text):
-        raise RecycleError(
-            "--shard-base needs --online and --text: only a whole base can write text or store states"
-        )
+        raise RecycleError("--shard-base needs --online and --text: only a whole base can write text or store states")
 
 
 def train_options(options: argparse.Namespace) -> TrainOptions:

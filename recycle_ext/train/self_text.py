@@ -83,9 +83,7 @@ class _BatchedBase:
         self.base = base
         self.layers = [self._fused(layer) for layer in base.model.layers]
         shape = (2, batch, config.n_kv_heads, length, config.head_dim)
-        self.caches = [
-            torch.zeros(shape, dtype=torch.bfloat16, device=weight.device) for _ in self.layers
-        ]
+        self.caches = [torch.zeros(shape, dtype=torch.bfloat16, device=weight.device) for _ in self.layers]
         self.inv_freq = base.inv_freq.float()
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)
 
@@ -104,16 +102,11 @@ class _BatchedBase:
         config = self.base.config
         x = F.embedding(tokens, self.base.model.embed_tokens.weight)
         parts = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
-        for layer, cache, (qkv, bias, gate_up) in zip(
-            self.base.model.layers, self.caches, self.layers, strict=True
-        ):
+        for layer, cache, (qkv, bias, gate_up) in zip(self.base.model.layers, self.caches, self.layers, strict=True):
             attention = layer.self_attn
             heads = F.linear(layer.input_layernorm(x), qkv, bias).float()
             q, k, v = heads.view(len(x), 1, -1, config.head_dim).split(parts, 2)
-            norms = (
-                getattr(attention.q_norm, "weight", None),
-                getattr(attention.k_norm, "weight", None),
-            )
+            norms = (getattr(attention.q_norm, "weight", None), getattr(attention.k_norm, "weight", None))
             attended = torch.ops.recycle.attention_decode(
                 q.contiguous(),
                 k.contiguous(),
@@ -160,9 +153,7 @@ def write_text(
     assigned = [TEMPERATURES[i % len(TEMPERATURES)] for i in range(batch)]
     sampled = [0] * batch
     for position in range(length):
-        temperature = torch.tensor(
-            [1.0 if n > 0 else t for n, t in zip(n_varied, assigned, strict=True)]
-        )
+        temperature = torch.tensor([1.0 if n > 0 else t for n, t in zip(n_varied, assigned, strict=True)])
         for row in range(batch):
             if unread[row]:
                 tokens[row, position] = unread[row].pop(0)

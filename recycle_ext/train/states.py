@@ -56,10 +56,7 @@ class States:
 def write_shard(file: Path, tokens: Tensor, hidden: Tensor, fingerprint: str) -> None:
     """Writes a shard of the base with this fingerprint. A reader sees the file whole, or not at all."""
     part = file.with_suffix(".part")
-    tensors = {
-        "tokens": tokens.int().contiguous(),
-        "hidden": hidden.to(torch.bfloat16).contiguous(),
-    }
+    tensors = {"tokens": tokens.int().contiguous(), "hidden": hidden.to(torch.bfloat16).contiguous()}
     save_file(tensors, part, {"fingerprint": fingerprint})
     part.replace(file)
 
@@ -72,15 +69,13 @@ def read_shard(file: Path, fingerprint: str) -> tuple[Tensor, Tensor]:
     try:
         with safe_open(file, "pt") as opened:
             if (opened.metadata() or {}).get("fingerprint") != fingerprint:
-                raise RecycleError(
-                    f"{file}: text of another base model; give --output a directory of its own"
-                )
+                raise RecycleError(f"{file}: text of another base model; give --output a directory of its own")
             return opened.get_tensor("tokens"), opened.get_tensor("hidden")
     except (OSError, SafetensorError) as error:
         raise RecycleError(f"{file}: damaged ({error}); delete it and run again") from None
 
 
-def write_shards(
+def shards_of_written_text(
     base: BaseModel,
     tokenizer: Tokenizer,
     folder: Path,
@@ -90,16 +85,17 @@ def write_shards(
     seed: int,
     workers: Workers,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Shards in ``folder`` with at least ``n_tokens`` of text that the base writes. Existing shards are not written again."""
+    """Shards in ``folder`` with at least ``n_tokens`` of text that the base writes.
+
+    Existing shards are not written again. Each process writes its share.
+    """
     ends = set(tokenizer.eos_token_ids)
     if len(end := tokenizer.encode("<|endoftext|>", add_bos=False)) == 1:
         ends |= set(end)
     n_shards = -(-n_tokens // (WRITE_BATCH * length))
     files = [folder / f"self-{seed}-{length}-{index:03d}.safetensors" for index in range(n_shards)]
     total = n_shards * WRITE_BATCH * length
-    with tqdm(
-        total=total, desc="writing text", unit=" tokens", disable=not workers.is_leader
-    ) as bar:
+    with tqdm(total=total, desc="writing text", unit=" tokens", disable=not workers.is_leader) as bar:
         for index, file in enumerate(files):
             if file.exists():
                 read_shard(file, fingerprint)
@@ -107,19 +103,20 @@ def write_shards(
             elif index % workers.count == workers.rank:
                 shard_seed = 1000 + 1000 * seed + index
                 prompts = Prompts(tokenizer, shard_seed)
-                written = write_text(
-                    base, prompts, ends, WRITE_BATCH, length, shard_seed, bar.update
-                )
+                written = write_text(base, prompts, ends, WRITE_BATCH, length, shard_seed, bar.update)
                 write_shard(file, *written, fingerprint)
     workers.wait()
     return [read_shard(file, fingerprint) for file in files]
 
 
 @torch.no_grad()
-def read_shards(
+def shards_of_given_text(
     base: BaseModel, sequences: Tensor, folder: Path, fingerprint: str, workers: Workers
 ) -> list[tuple[Tensor, Tensor]]:
-    """Shards in ``folder`` with the base's states of given sequences [n, T]. Existing shards of the same text stay."""
+    """Shards in ``folder`` with the base's states of given sequences [n, T] int64.
+
+    Existing shards of the same text stay. Each process computes its share.
+    """
     device = base.model.norm.weight.device
     parts = sequences.split(READ_SHARD)
     files = [folder / f"read-{index:03d}.safetensors" for index in range(len(parts))]

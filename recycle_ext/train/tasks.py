@@ -20,14 +20,12 @@ from recycle_ext.train.draft_vocab import frequent_tokens
 from recycle_ext.train.frozen import FrozenBase, Targets, initial_module
 from recycle_ext.train.joint import Joint, initial_weights, save_base, train_tokenizer
 from recycle_ext.train.options import TARGETS
-from recycle_ext.train.states import States, count_held_out, read_shards, write_shards
+from recycle_ext.train.states import States, count_held_out, shards_of_given_text, shards_of_written_text
 from recycle_ext.train.workers import Workers
 from recycle_ext.weights.pack import check_sizes
 
 
-def frozen_task(
-    options: argparse.Namespace, folder: Path, workers: Workers, tell: Callable[[str], None]
-) -> FrozenBase:
+def frozen_task(options: argparse.Namespace, folder: Path, workers: Workers, tell: Callable[[str], None]) -> FrozenBase:
     """A module for an existing base. Text and states go to ``folder``; ``tell`` prints a line."""
     checkpoint = open_checkpoint(options.base)
     _check_base(options, checkpoint)
@@ -58,9 +56,7 @@ def frozen_task(
     soft, hard = TARGETS[options.targets]
     targets = Targets(soft, hard, options.regression, options.chain, options.chain_from)
     matrix_format, _ = MODULE_DTYPES[options.module_dtype]
-    return FrozenBase(
-        module, reader, states, n_held_out, draft_vocab, targets, workers, matrix_format
-    )
+    return FrozenBase(module, reader, states, n_held_out, draft_vocab, targets, workers, matrix_format)
 
 
 def _check_base(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
@@ -68,13 +64,9 @@ def _check_base(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     check_sizes(config, checkpoint.path)
     if options.length > config.max_position_embeddings:
-        raise RecycleError(
-            f"--length is {options.length}; the base's context is {config.max_position_embeddings}"
-        )
+        raise RecycleError(f"--length is {options.length}; the base's context is {config.max_position_embeddings}")
     if options.draft_vocab > config.vocab_size:
-        raise RecycleError(
-            f"--draft-vocab is {options.draft_vocab}; the base's vocabulary has {config.vocab_size}"
-        )
+        raise RecycleError(f"--draft-vocab is {options.draft_vocab}; the base's vocabulary has {config.vocab_size}")
 
 
 def _two_bases(checkpoint: Checkpoint) -> tuple[BaseModel, BaseModel]:
@@ -88,30 +80,19 @@ def _two_bases(checkpoint: Checkpoint) -> tuple[BaseModel, BaseModel]:
 
 
 def _shards(
-    options: argparse.Namespace,
-    checkpoint: Checkpoint,
-    reader: BaseModel,
-    folder: Path,
-    workers: Workers,
+    options: argparse.Namespace, checkpoint: Checkpoint, reader: BaseModel, folder: Path, workers: Workers
 ) -> list[tuple[Tensor, Tensor | None]]:
     """The text, as States takes it: given or written by the base, with states unless --online."""
     tokenizer, fingerprint = checkpoint.tokenizer, checkpoint.fingerprint
     if not options.text:
-        shards = write_shards(
-            reader,
-            tokenizer,
-            folder,
-            fingerprint,
-            options.self_generate,
-            options.length,
-            options.seed,
-            workers,
+        shards = shards_of_written_text(
+            reader, tokenizer, folder, fingerprint, options.self_generate, options.length, options.seed, workers
         )
         return [(tokens, None) for tokens, _ in shards] if options.online else shards
     sequences = packed(tokenizer, documents(options.text, options.text_field), options.length)
     if options.online:
         return [(sequences, None)]
-    return read_shards(reader, sequences, folder, fingerprint, workers)
+    return shards_of_given_text(reader, sequences, folder, fingerprint, workers)
 
 
 def _load_start(module: RecyclableModule, start: ModuleCheckpoint) -> None:
@@ -124,8 +105,7 @@ def _load_start(module: RecyclableModule, start: ModuleCheckpoint) -> None:
         if name not in needed or needed[name].shape != value.shape:
             shape = list(needed[name].shape) if name in needed else "no such tensor"
             raise RecycleError(
-                f"--from {start.path}: tensor {name} is {list(value.shape)}; "
-                f"--layers and --shape ask for {shape}"
+                f"--from {start.path}: tensor {name} is {list(value.shape)}; --layers and --shape ask for {shape}"
             )
     module.load_state_dict(needed | given)
 
@@ -141,8 +121,7 @@ def joint_task(options: argparse.Namespace, folder: Path, workers: Workers) -> J
     backend = train_tokenizer(texts, config.vocab_size)
     if backend.get_vocab_size() != config.vocab_size:
         raise RecycleError(
-            f"{file}: vocab_size is {config.vocab_size}, and the text gives a tokenizer of "
-            f"{backend.get_vocab_size()}"
+            f"{file}: vocab_size is {config.vocab_size}, and the text gives a tokenizer of {backend.get_vocab_size()}"
         )
     base = BaseModel(config)
     initial_weights(base, config.n_layers, options.seed)

@@ -73,8 +73,8 @@ class Task(nn.Module):
 def rate_factor(step: int, options: TrainOptions) -> float:
     """The learning rate of a step (from 0) in units of ``options.learning_rate``.
 
-    Linear warm-up, then a cosine down to a twentieth (SGDR, Loshchilov and Hutter 2017, eq. 5). A LambdaLR computes
-    each rate from its step: LinearLR and CosineAnnealingLR in sequence multiply up roundings and need a warm-up.
+    Linear warm-up, then a cosine down to a twentieth (SGDR, Loshchilov and Hutter 2017, eq. 5). For LambdaLR, because
+    LinearLR and CosineAnnealingLR in sequence need at least one step of warm-up.
     """
     if step < options.warmup_steps:
         return (step + 1) / options.warmup_steps
@@ -112,8 +112,7 @@ class Trainer:
             )
         if options.batch_sequences > task.n_train:
             raise RecycleError(
-                f"--batch-sequences is {options.batch_sequences}, and there are {task.n_train} sequences "
-                "to train on"
+                f"--batch-sequences is {options.batch_sequences}, and there are {task.n_train} sequences to train on"
             )
         self.task = task
         self.options = options
@@ -123,10 +122,7 @@ class Trainer:
         matrices = [p for p in parameters if p.dim() == 2]
         others = [p for p in parameters if p.dim() != 2]
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": options.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
+            [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=options.learning_rate,
             betas=(0.9, 0.95),
         )
@@ -176,8 +172,8 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The task's figures with the averaged weights."""
-        self.task.eval()
         with self.averaged():
+            self.task.eval()
             return self.task.evaluate()
 
     @contextmanager
@@ -211,9 +207,7 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Continues from save(). Raises RecycleError for a file of another run or of an earlier version."""
-        state: dict[str, Any] = torch.load(
-            path, map_location=self.workers.device, weights_only=True
-        )
+        state: dict[str, Any] = torch.load(path, map_location=self.workers.device, weights_only=True)
         if "schedule" not in state:
             raise RecycleError(
                 f"--resume: {path} was written by an earlier version of recycle_ext; delete it and run again "
@@ -224,9 +218,7 @@ class Trainer:
         for name, value in asdict(self.options).items():
             # These two change nothing in what is trained.
             if name not in ("evaluate_every", "save_seconds") and state["options"][name] != value:
-                raise RecycleError(
-                    f"--resume: {name} is {value}, and {path} was begun with {state['options'][name]}"
-                )
+                raise RecycleError(f"--resume: {name} is {value}, and {path} was begun with {state['options'][name]}")
         shapes = {name: value.shape for name, value in state["weights"].items()}
         for name, value in self.task.state_dict().items():
             if shapes.get(name) != value.shape:
@@ -252,8 +244,7 @@ class Trainer:
                 exists = checkpoint.exists()
                 good = f"the last good state is {checkpoint}" if exists else "none was saved"
                 raise RecycleError(
-                    f"training: the loss is {loss} at step {self.step}; {good}. "
-                    "A smaller --lr or --clip may help."
+                    f"training: the loss is {loss} at step {self.step}; {good}. A smaller --lr or --clip may help."
                 )
             is_last = self.step == options.steps
             if is_last or time.monotonic() - saved > options.save_seconds:
