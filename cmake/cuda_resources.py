@@ -13,14 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = [
-    "-std=c++20",
-    "-O3",
-    "-fmad=false",
-    "--expt-relaxed-constexpr",
-    "-cubin",
-    "--resource-usage",
-]
+FLAGS = ["-std=c++20", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-cubin", "--resource-usage"]
 
 
 def compile_report(nvcc: str, source: Path, architecture: str) -> list[tuple[str, str, int, int]]:
@@ -35,9 +28,7 @@ def compile_report(nvcc: str, source: Path, architecture: str) -> list[tuple[str
     entries = []
     for part in run.stderr.split("Compiling entry function '")[1:]:
         spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", part))
-        entries.append(
-            (architecture, part.split("'")[0], int(re.search(r"Used (\d+) reg", part)[1]), spilled)
-        )
+        entries.append((architecture, part.split("'")[0], int(re.search(r"Used (\d+) reg", part)[1]), spilled))
     return entries
 
 
@@ -50,14 +41,9 @@ def main() -> int:
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     ]
     with ThreadPoolExecutor() as pool:
-        entries = [
-            entry for report in pool.map(lambda job: compile_report(*job), jobs) for entry in report
-        ]
+        entries = [entry for report in pool.map(lambda job: compile_report(*job), jobs) for entry in report]
     names = subprocess.run(
-        ["c++filt"],
-        input="\n".join(name for _, name, _, _ in entries),
-        capture_output=True,
-        text=True,
+        ["c++filt"], input="\n".join(name for _, name, _, _ in entries), capture_output=True, text=True
     ).stdout.splitlines()
     print(f"{'':8} {'registers':>9} {'spilled':>8}  kernel")
     for (architecture, _, registers, spilled), name in zip(entries, names, strict=True):

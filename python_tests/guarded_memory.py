@@ -93,10 +93,7 @@ def run_head(isa: str, format: str, side: str, missing: int = 0) -> None:
                 "positions": torch.arange(rows),
                 "seeds": torch.arange(rows),
             }
-            given = {
-                name: guarded(tensor, side, missing if name == "head" else 0)
-                for name, tensor in tensors.items()
-            }
+            given = {name: guarded(tensor, side, missing if name == "head" else 0) for name, tensor in tensors.items()}
             for temperature in (0.0, 1.0):
                 torch.ops.recycle.recycle_head(
                     given["hidden"],
@@ -132,19 +129,13 @@ def run_attention(isa: str, cache: str, side: str, missing: int = 0) -> None:
                     "k_norm": torch.ones(head_dim),
                 }
                 torch.ops.recycle.attention_decode(
-                    **{
-                        name: guarded(tensor, side, missing if name == "cache" else 0)
-                        for name, tensor in given.items()
-                    }
+                    **{name: guarded(tensor, side, missing if name == "cache" else 0) for name, tensor in given.items()}
                 )
 
 
 def guarded_arguments(decoder: Decoder, side: str) -> list:
     """What decode_step takes, all tensors guarded."""
-    return [
-        guarded(value, side) if isinstance(value, Tensor) else value
-        for value in decoder.arguments()
-    ]
+    return [guarded(value, side) if isinstance(value, Tensor) else value for value in decoder.arguments()]
 
 
 def run_steps(isa: str, dtype: str, cache: str, side: str) -> None:
@@ -152,13 +143,7 @@ def run_steps(isa: str, dtype: str, cache: str, side: str) -> None:
     _C.force_isa(isa)
     for mode, temperature in (("verify", 0.0), ("verify", 1.0), ("alternate", 0.0)):
         decoder = Decoder(
-            models()[dtype],
-            mode,
-            3,
-            batch=2,
-            capacity=80,
-            temperature=temperature,
-            cache_dtype=CACHE_DTYPES[cache],
+            models()[dtype], mode, 3, batch=2, capacity=80, temperature=temperature, cache_dtype=CACHE_DTYPES[cache]
         )
         arguments = guarded_arguments(decoder, side)
         for sequence, length in enumerate((5, 70)):
@@ -206,26 +191,14 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for side in SIDES:
         yield f"control-byte-{side}", functools.partial(read_past_end, side)
         for isa in _C.runnable_isas():
-            yield (
-                f"control-head-{isa}-{side}",
-                functools.partial(run_head, isa, "q8_0", side, missing=64),
-            )
-            yield (
-                f"control-attention-{isa}-{side}",
-                functools.partial(run_attention, isa, "bf16", side, missing=32),
-            )
+            yield (f"control-head-{isa}-{side}", functools.partial(run_head, isa, "q8_0", side, missing=64))
+            yield (f"control-attention-{isa}-{side}", functools.partial(run_attention, isa, "bf16", side, missing=32))
             for format in FORMATS:
                 yield f"head-{isa}-{format}-{side}", functools.partial(run_head, isa, format, side)
             for cache in CACHE_DTYPES:
-                yield (
-                    f"attention-{isa}-{cache}-{side}",
-                    functools.partial(run_attention, isa, cache, side),
-                )
+                yield (f"attention-{isa}-{cache}-{side}", functools.partial(run_attention, isa, cache, side))
             for dtype, cache in zip(models(), ("f32", "bf16", "q8", "bf16"), strict=True):
-                yield (
-                    f"steps-{isa}-{dtype}-{side}",
-                    functools.partial(run_steps, isa, dtype, cache, side),
-                )
+                yield (f"steps-{isa}-{dtype}-{side}", functools.partial(run_steps, isa, dtype, cache, side))
             yield f"damaged-plans-{isa}-{side}", functools.partial(run_damaged_plans, isa, side)
 
 

@@ -176,9 +176,7 @@ def reference_base(base: Checkpoint, dtype: torch.dtype = torch.float64) -> Base
     return model.to(dtype).eval()
 
 
-def reference_module(
-    module: ModuleCheckpoint, dtype: torch.dtype = torch.float64
-) -> RecyclableModule:
+def reference_module(module: ModuleCheckpoint, dtype: torch.dtype = torch.float64) -> RecyclableModule:
     """The module in plain PyTorch."""
     model = RecyclableModule(module.config)
     model.load_state_dict(module.state_dict())

@@ -29,10 +29,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "decoding": {"errors", "checkpoint.config", "weights", "_C"},
     "reference": {"checkpoint.config", "ops.functional"},
     "measuring": {"errors", "_C"},
-    "generate": {
-        *("errors", "command_line", "checkpoint", "text", "weights", "ops", "decoding"),
-        *("measuring", "_C"),
-    },
+    "generate": {*("errors", "command_line", "checkpoint", "text", "weights", "ops", "decoding"), *("measuring", "_C")},
     "info": {
         *("errors", "command_line", "checkpoint", "text", "weights", "ops", "decoding"),
         *("generate", "measuring", "_C"),
@@ -275,7 +272,5 @@ def long_functions(root: Path) -> list[str]:
             lines = node.end_lineno - node.lineno + 1
             if lines > MAX_FUNCTION_LINES:
                 where = f"{file.relative_to(root).as_posix()}:{node.lineno}"
-                wrong.append(
-                    f"{where}: {node.name} has {lines} lines; a function has at most {MAX_FUNCTION_LINES}"
-                )
+                wrong.append(f"{where}: {node.name} has {lines} lines; a function has at most {MAX_FUNCTION_LINES}")
     return wrong

@@ -114,8 +114,7 @@ PLANTED = [
     (
         structure.forbidden_imports,
         {"recycle_ext/ops/functional.py": "from recycle_ext.ops import registration\n"},
-        "recycle_ext/ops/functional.py:1: imports recycle_ext.ops.registration; "
-        "ops may import nothing of recycle_ext",
+        "recycle_ext/ops/functional.py:1: imports recycle_ext.ops.registration; ops may import nothing of recycle_ext",
     ),
     (
         structure.forbidden_imports,
@@ -169,11 +168,7 @@ PLANTED = [
         {"csrc/attic/a.cpp": "\n"},
         "csrc/attic/a.cpp:1: the file's folder has no row in ALLOWED_INCLUDES",
     ),
-    (
-        structure.long_files,
-        {"csrc/cpu/a.cpp": "//\n" * 451},
-        "csrc/cpu/a.cpp:451: a file has at most 450 lines",
-    ),
+    (structure.long_files, {"csrc/cpu/a.cpp": "//\n" * 451}, "csrc/cpu/a.cpp:451: a file has at most 450 lines"),
     (
         structure.long_files,
         {"python_tests/test_x.py": "#\n" * 451},

@@ -78,9 +78,7 @@ def test_attention_output_and_cache_are_as_exact_as_pytorch(
     ("lengths", "rows", "n_heads", "n_kv_heads", "head_dim"),
     [([0], 1, 4, 4, 16), ([63], 2, 9, 3, 64), ([130, 0], 3, 8, 2, 80), ([1100], 8, 4, 1, 128)],
 )
-def test_int8_cache_rounds_rows_once_and_reads_them_exactly(
-    isa, lengths, rows, n_heads, n_kv_heads, head_dim
-):
+def test_int8_cache_rounds_rows_once_and_reads_them_exactly(isa, lengths, rows, n_heads, n_kv_heads, head_dim):
     capacity = max(lengths) + rows
     given = inputs(lengths, rows, n_heads, n_kv_heads, head_dim, capacity, torch.float32)
     exact_in = cast(given, torch.float64, torch.float64) | {"inv_freq": given["inv_freq"]}
@@ -109,9 +107,7 @@ def attend_only(arguments, dtype):
         q = apply_rope(arguments["q"][b].to(dtype).transpose(0, 1), cos.to(dtype), sin.to(dtype))
         seen = arguments["cache"][:, b, :, : length + rows].to(dtype)
         mask = torch.arange(length + rows)[None, :] <= positions[:, None]
-        attended = F.scaled_dot_product_attention(
-            q[None], seen[0][None], seen[1][None], mask, enable_gqa=True
-        )
+        attended = F.scaled_dot_product_attention(q[None], seen[0][None], seen[1][None], mask, enable_gqa=True)
         out[b] = attended[0].transpose(0, 1)
     return out
 
@@ -152,9 +148,6 @@ def test_row_in_any_batch_and_thread_count_has_the_same_bits(isa, cache_dtype):
             for row in range(rows):
                 one = {name: alone[name][b : b + 1, row : row + 1].contiguous() for name in "qkv"}
                 out = torch.ops.recycle.attention_decode(
-                    **one,
-                    cache=cache,
-                    lengths=alone["lengths"][b : b + 1] + row,
-                    inv_freq=alone["inv_freq"],
+                    **one, cache=cache, lengths=alone["lengths"][b : b + 1] + row, inv_freq=alone["inv_freq"]
                 )
                 assert torch.equal(out[0, 0], together[b, row])

@@ -60,13 +60,9 @@ def compare(library, decoder, steps, changes=()) -> int:
     return accepted
 
 
-def decoder_of(
-    packed, mode="standard", drafts=1, cache_dtype=torch.bfloat16, prompts=(PROMPT,), **sampling
-) -> Decoder:
+def decoder_of(packed, mode="standard", drafts=1, cache_dtype=torch.bfloat16, prompts=(PROMPT,), **sampling) -> Decoder:
     """A decoder after the prefill of `prompts`; an empty prompt leaves its sequence idle."""
-    decoder = Decoder(
-        packed, mode, drafts, len(prompts), capacity=400, cache_dtype=cache_dtype, **sampling
-    )
+    decoder = Decoder(packed, mode, drafts, len(prompts), capacity=400, cache_dtype=cache_dtype, **sampling)
     for sequence, prompt in enumerate(prompts):
         if prompt:
             decoder.prefill(prompt, sequence)
@@ -75,16 +71,13 @@ def decoder_of(
 
 @pytest.mark.parametrize("cache_dtype", CACHE_TYPES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_standard_step_of_every_architecture_equals_cpu(
-    tmp_path, library, architecture, cache_dtype
-):
+def test_standard_step_of_every_architecture_equals_cpu(tmp_path, library, architecture, cache_dtype):
     packed = pack_model(write_base(tmp_path, architecture), None, "bf16")
     compare(library, decoder_of(packed, cache_dtype=cache_dtype), 6)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "module_dtype"),
-    [("f32", None), ("bf16", "bf16"), ("bf16", "q4"), ("q8", "q8"), ("q4", "q4")],
+    ("dtype", "module_dtype"), [("f32", None), ("bf16", "bf16"), ("bf16", "q4"), ("q8", "q8"), ("q4", "q4")]
 )
 def test_verify_step_of_every_format_equals_cpu(tmp_path, library, dtype, module_dtype):
     base = write_base(tmp_path / "base")
@@ -119,17 +112,12 @@ def test_accepted_draft_tokens_equal_cpu(tmp_path, library):
 
 
 @pytest.mark.parametrize(
-    ("n_heads", "n_kv_heads", "head_dim"),
-    [(9, 3, 64), (2, 2, 80), (8, 1, 32), (7, 1, 128), (4, 4, 16), (2, 1, 256)],
+    ("n_heads", "n_kv_heads", "head_dim"), [(9, 3, 64), (2, 2, 80), (8, 1, 32), (7, 1, 128), (4, 4, 16), (2, 1, 256)]
 )
 @pytest.mark.parametrize("length", [1, 62, 63, 64, 65, 300])
-def test_attention_of_odd_sizes_equals_cpu(
-    tmp_path, library, n_heads, n_kv_heads, head_dim, length
-):
+def test_attention_of_odd_sizes_equals_cpu(tmp_path, library, n_heads, n_kv_heads, head_dim, length):
     """New rows before, at and after the end of a chunk; more queries than one block attends for."""
-    base = write_base(
-        tmp_path / "base", n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, n_layers=1
-    )
+    base = write_base(tmp_path / "base", n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, n_layers=1)
     packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
     prompt = torch.randint(0, 101, (length,), generator=torch.Generator().manual_seed(3)).tolist()
     compare(library, decoder_of(packed, "verify", 3, torch.float32, [prompt]), 2)
@@ -146,27 +134,18 @@ def test_attention_of_more_chunks_than_splits_equals_cpu(tmp_path, library):
 
 @pytest.mark.parametrize("dtype", ["bf16", "q8", "q4"])
 @pytest.mark.parametrize(
-    ("hidden", "intermediate", "drafts"),
-    [(576, 1536, 1), (1056, 32, 1), (32, 2080, 1), (32, 4224, 4)],
+    ("hidden", "intermediate", "drafts"), [(576, 1536, 1), (1056, 32, 1), (32, 2080, 1), (32, 4224, 4)]
 )
 def test_gemv_of_odd_sizes_equals_cpu(tmp_path, library, dtype, hidden, intermediate, drafts):
     """Panels that aren't a multiple of a block's iteration, or longer than the staged x; 517 tokens."""
-    base = write_base(
-        tmp_path / "base",
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        vocab_size=517,
-        n_layers=1,
-    )
+    base = write_base(tmp_path / "base", hidden_size=hidden, intermediate_size=intermediate, vocab_size=517, n_layers=1)
     packed = pack_model(base, write_module(tmp_path / "module", base), dtype)
     compare(library, decoder_of(packed, "alternate", drafts, torch.float32), 3)
 
 
 def test_argmax_of_equal_logits_is_the_lowest_token(library):
     """Equal logits in different threads, the lower token in the later thread: 5 and 64, 21 and 80."""
-    config = dataclasses.replace(
-        SHAPES[1].base, n_layers=1, vocab_size=1040, tie_word_embeddings=False
-    )
+    config = dataclasses.replace(SHAPES[1].base, n_layers=1, vocab_size=1040, tie_word_embeddings=False)
     packed = random_model(config, None, "bf16", torch.device("cpu"))
     head = torch.zeros(1040, config.hidden_size)
     head[[5, 64]] = torch.randn(config.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -189,14 +168,11 @@ def test_step_of_unequal_and_idle_sequences_equals_cpu(tmp_path, library):
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (1.5, 50, 0.95), (1.0, 1, 1.0), (0.8, 0, 0.6), (1.2, 7, 1.0)],
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (1.5, 50, 0.95), (1.0, 1, 1.0), (0.8, 0, 0.6), (1.2, 7, 1.0)]
 )
 @pytest.mark.parametrize("mode", ["standard", "verify", "alternate"])
 @pytest.mark.parametrize("draft_vocab_size", [0, 60])
-def test_sampled_step_equals_cpu(
-    tmp_path, library, mode, temperature, top_k, top_p, draft_vocab_size
-):
+def test_sampled_step_equals_cpu(tmp_path, library, mode, temperature, top_k, top_p, draft_vocab_size):
     base = write_base(tmp_path / "base", vocab_size=301)
     module = write_module(tmp_path / "module", base, draft_vocab_size=draft_vocab_size)
     decoder = decoder_of(
@@ -219,12 +195,7 @@ def test_step_after_changed_num_draft_tokens_equals_cpu(tmp_path, library, kind,
     base = write_base(tmp_path / "base", n_layers=1)
     module = write_module(tmp_path / "module", base, like_base=True, **MODULES[kind])
     decoder = decoder_of(
-        pack_model(base, module, "f32"),
-        "verify",
-        4,
-        torch.float32,
-        [PROMPT, [], [7] * 70],
-        temperature=temperature,
+        pack_model(base, module, "f32"), "verify", 4, torch.float32, [PROMPT, [], [7] * 70], temperature=temperature
     )
     assert compare(library, decoder, 11, [3, 1, 0, 0, 4, 4, 2, 0, 1, 1, 3]) > 0
 
@@ -267,9 +238,7 @@ def test_nonfinite_logit_is_reported_and_leaves_the_state(tmp_path, library):
     ("lengths", "pending"),
     [((404, 6), None), ((-1, -1), None), ((6, 7), None), ((6, -1), None), (None, 101), (None, -5)],
 )
-def test_length_or_token_out_of_range_is_reported_and_leaves_the_caches(
-    tmp_path, library, lengths, pending
-):
+def test_length_or_token_out_of_range_is_reported_and_leaves_the_caches(tmp_path, library, lengths, pending):
     """The kernels check them, because the host would have to wait for the GPU."""
     base = write_base(tmp_path / "base")
     packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
@@ -288,17 +257,13 @@ def test_length_or_token_out_of_range_is_reported_and_leaves_the_caches(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize(
-    ("mode", "drafts"), [("standard", 1), ("verify", 1), ("verify", 3), ("alternate", 2)]
-)
+@pytest.mark.parametrize(("mode", "drafts"), [("standard", 1), ("verify", 1), ("verify", 3), ("alternate", 2)])
 def test_finish_prefill_equals_prefill_of_the_cpu(tmp_path, library, mode, drafts, temperature):
     """The last token of a prompt runs as a step of its sequence alone, and leaves the state of a prefill."""
     base = write_base(tmp_path / "base")
     packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
     prompts, seeds = [[9] * 20, PROMPT], [3, 4]
-    decoder = decoder_of(
-        packed, mode, drafts, torch.float32, prompts, temperature=temperature, seeds=seeds
-    )
+    decoder = decoder_of(packed, mode, drafts, torch.float32, prompts, temperature=temperature, seeds=seeds)
     emulated = Emulated(library, decoder)
     emulated.pending[1] = 0
     emulated.pending[1, 0] = PROMPT[-1]

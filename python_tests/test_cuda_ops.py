@@ -12,15 +12,11 @@ from recycle_ext.generate.model import load
 from recycle_ext.ops.registration import HAS_CUDA_OPS
 from recycle_ext.weights.pack import pack_model
 
-needs_cuda_ops = pytest.mark.skipif(
-    not HAS_CUDA_OPS, reason="needs a CUDA build of torch and of recycle_ext"
-)
+needs_cuda_ops = pytest.mark.skipif(not HAS_CUDA_OPS, reason="needs a CUDA build of torch and of recycle_ext")
 
 
 @needs_cuda_ops
-@pytest.mark.parametrize(
-    "op", ["attention_decode", "recycle_head", "decode_step", "prefill", "finish_prefill"]
-)
+@pytest.mark.parametrize("op", ["attention_decode", "recycle_head", "decode_step", "prefill", "finish_prefill"])
 def test_op_has_a_cuda_kernel(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"recycle::{op}", "CUDA")
 

@@ -112,9 +112,7 @@ def test_steps_with_changing_num_draft_tokens_equal_reference(tmp_path, isa, kin
 
 
 @pytest.mark.parametrize("zero_first_embedding", [False, True])
-def test_module_after_standard_steps_reads_on_as_if_they_were_not_there(
-    tmp_path, isa, zero_first_embedding
-):
+def test_module_after_standard_steps_reads_on_as_if_they_were_not_there(tmp_path, isa, zero_first_embedding):
     base = write_base(tmp_path / "base")
     module = write_module(tmp_path / "module", base, zero_first_embedding=zero_first_embedding)
     packed = pack_model(base, module, "f32")
@@ -165,9 +163,7 @@ def test_module_without_a_prompt_still_drafts(tmp_path):
 def test_sampled_steps_equal_reference(tmp_path, mode, drafts):
     base = write_base(tmp_path / "base")
     module = write_module(tmp_path / "module", base, draft_vocab_size=60)
-    accepted = compare(
-        base, module, mode, drafts, temperature=1.5, top_k=50, top_p=0.95, seed=2**45 + 11
-    )
+    accepted = compare(base, module, mode, drafts, temperature=1.5, top_k=50, top_p=0.95, seed=2**45 + 11)
     assert mode == "standard" or accepted > 0
 
 
@@ -184,12 +180,8 @@ def test_prefill_of_a_long_prompt_equals_one_pass(tmp_path, length):
     base = write_base(tmp_path / "base")
     module = write_module(tmp_path / "module", base)
     prompt = torch.randint(0, 101, (length,), generator=torch.Generator().manual_seed(3)).tolist()
-    ours = Decoder(
-        pack_model(base, module, "f32"), "verify", 2, capacity=200, cache_dtype=torch.float32
-    )
-    reference = ReferenceDecoder(
-        reference_base(base), reference_module(module), mode="verify", drafts=2
-    )
+    ours = Decoder(pack_model(base, module, "f32"), "verify", 2, capacity=200, cache_dtype=torch.float32)
+    reference = ReferenceDecoder(reference_base(base), reference_module(module), mode="verify", drafts=2)
     assert ours.prefill(prompt) == reference.prefill(prompt)
     assert ours.pending[0].tolist() == reference.pending
     for layer in range(base.config.n_layers):

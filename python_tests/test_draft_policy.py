@@ -21,9 +21,7 @@ SEEDS = range(5)
 class Machine:
     """The cost of steps, and the measured cost. A draft token costs ``cost_per_draft`` of a step without."""
 
-    def __init__(
-        self, cost_per_draft: float, seed: int, noise: float = 0.02, noisy: bool = False
-    ) -> None:
+    def __init__(self, cost_per_draft: float, seed: int, noise: float = 0.02, noisy: bool = False) -> None:
         self.chance = random.Random(seed)
         self.cost_per_draft, self.noise, self.noisy = cost_per_draft, noise, noisy
         self.slowdown = 1.0  # by other processes
@@ -35,17 +33,11 @@ class Machine:
         if self.noisy and self.chance.random() < 0.02:
             self.slowdown = self.chance.choice([1.0, 1.0, 1.2, 1.4])
         spike = 1 + 2 * self.chance.random() if self.noisy and self.chance.random() < 0.05 else 1
-        return (
-            self.cost(k) * self.slowdown * spike * (1 + self.noise * abs(self.chance.gauss(0, 1)))
-        )
+        return self.cost(k) * self.slowdown * spike * (1 + self.noise * abs(self.chance.gauss(0, 1)))
 
 
 def write(
-    policy: DraftPolicy,
-    machine: Machine,
-    n_tokens: int,
-    acceptance: Callable[[int], Sequence[float]],
-    batch: int = 1,
+    policy: DraftPolicy, machine: Machine, n_tokens: int, acceptance: Callable[[int], Sequence[float]], batch: int = 1
 ) -> tuple[float, list[tuple[int, int]]]:
     """Writes a text; returns its speed relative to no draft tokens, and (tokens before, k) of each step."""
     tokens, seconds, made, steps = 0, 0.0, MAX_K, []
@@ -112,9 +104,7 @@ def test_short_text_costs_four_draft_tokens_at_most_and_the_second_text_less(n_t
 @pytest.mark.parametrize("rates", [FAIR, (0.6, 0.5, 0.4, 0.3), GOOD, (1.0,) * MAX_K])
 @pytest.mark.parametrize("cost", [0.12, 0.18])
 def test_good_module_is_nearly_as_fast_as_the_best_k(rates, cost):
-    assert mean(speeds(cost, rates, 1500, texts=2, seeds=range(20))) > 0.97 * best_fixed(
-        cost, rates
-    )
+    assert mean(speeds(cost, rates, 1500, texts=2, seeds=range(20))) > 0.97 * best_fixed(cost, rates)
 
 
 @pytest.mark.parametrize("noise", [0.05, 0.15])
@@ -137,10 +127,7 @@ def test_wrong_first_cost_is_corrected(wrong):
 @pytest.mark.parametrize("block", [50, 200, 1000])
 def test_changing_text_is_faster_than_without_draft_tokens(block):
     changing = lambda at: FAIR if at // block % 2 == 0 else USELESS  # noqa: E731
-    found = [
-        write(DraftPolicy(StepHistory(MAX_K)), Machine(0.18, seed), 4000, changing)[0]
-        for seed in SEEDS
-    ]
+    found = [write(DraftPolicy(StepHistory(MAX_K)), Machine(0.18, seed), 4000, changing)[0] for seed in SEEDS]
     assert min(found) > 0.99
     assert mean(found) > 1
 
@@ -173,10 +160,7 @@ def test_batch_is_nearly_as_fast_as_the_best_k():
 
 
 def test_same_observations_give_the_same_choices():
-    texts = [
-        write(DraftPolicy(StepHistory(MAX_K)), Machine(0.18, 5, noisy=True), 500, always(FAIR))
-        for _ in range(2)
-    ]
+    texts = [write(DraftPolicy(StepHistory(MAX_K)), Machine(0.18, 5, noisy=True), 500, always(FAIR)) for _ in range(2)]
     assert texts[0] == texts[1]
 
 

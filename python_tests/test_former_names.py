@@ -114,17 +114,11 @@ IMPORTS_BEFORE_GENERATE = [
     "import recycle_ext.generate.__main__",
     "from recycle_ext.generate.generation import Statistics",
     "import recycle_ext, importlib; importlib.import_module('recycle_ext.generate')",
-    "import pkgutil, recycle_ext; "
-    "assert len(list(pkgutil.walk_packages(recycle_ext.__path__, 'recycle_ext.'))) > 40",
-    "; ".join(
-        f"import recycle_ext.{name}" + ("" if "." in name else ".__main__") for name in COMMANDS
-    ),
-    "import recycle_ext, warnings; warnings.simplefilter('ignore'); "
-    "from recycle_ext.generation import generate",
+    "import pkgutil, recycle_ext; assert len(list(pkgutil.walk_packages(recycle_ext.__path__, 'recycle_ext.'))) > 40",
+    "; ".join(f"import recycle_ext.{name}" + ("" if "." in name else ".__main__") for name in COMMANDS),
+    "import recycle_ext, warnings; warnings.simplefilter('ignore'); from recycle_ext.generation import generate",
 ]
-IS_FUNCTION = (
-    "import recycle_ext, types; print(isinstance(recycle_ext.generate, types.FunctionType))"
-)
+IS_FUNCTION = "import recycle_ext, types; print(isinstance(recycle_ext.generate, types.FunctionType))"
 NEW_NAMES = sorted({home for homes in former_names._NOW.values() for home in homes})
 HELP = """
 import runpy, sys, warnings
@@ -132,9 +126,7 @@ warnings.simplefilter("error", RuntimeWarning)
 sys.argv[1:] = ["--help"]
 runpy.run_module("recycle_ext.{}", run_name="__main__", alter_sys=True)
 """
-OLD_IMPORT = (
-    "import warnings; warnings.simplefilter('default')\n\nfrom recycle_ext.decoder import Decoder"
-)
+OLD_IMPORT = "import warnings; warnings.simplefilter('default')\n\nfrom recycle_ext.decoder import Decoder"
 
 
 @pytest.fixture(scope="module")

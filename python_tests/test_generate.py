@@ -77,8 +77,7 @@ def test_generate_json_is_one_object_with_all_figures():
 
 def test_generate_in_every_mode_counts_its_steps():
     standard, verify, alternate = (
-        as_json(PROMPT, "--mode", mode, "--max-new-tokens", 60)
-        for mode in ("standard", "verify", "alternate")
+        as_json(PROMPT, "--mode", mode, "--max-new-tokens", 60) for mode in ("standard", "verify", "alternate")
     )
     assert standard["steps"] == 59
     assert standard["acceptance_rate"] is None
@@ -90,8 +89,7 @@ def test_generate_in_every_mode_counts_its_steps():
 
 def test_generate_with_auto_drafts_equals_standard():
     auto, standard = (
-        as_json(PROMPT, *options, "--max-new-tokens", 60)
-        for options in (("--drafts", "auto"), ("--mode", "standard"))
+        as_json(PROMPT, *options, "--max-new-tokens", 60) for options in (("--drafts", "auto"), ("--mode", "standard"))
     )
     assert auto["drafts"] == "auto"
     assert auto["mode"] == "verify"
@@ -175,10 +173,7 @@ def test_generate_with_a_users_mistake_prints_one_line(arguments, message):
 
 def test_generate_with_undecodable_standard_input_is_refused():
     done = subprocess.run(
-        [sys.executable, "-m", "recycle_ext.generate", "-"],
-        input=b"\xff\xfe\xfa",
-        capture_output=True,
-        check=False,
+        [sys.executable, "-m", "recycle_ext.generate", "-"], input=b"\xff\xfe\xfa", capture_output=True, check=False
     )
     assert done.returncode == 2
     assert b"standard input is not UTF-8" in done.stderr

@@ -31,10 +31,7 @@ PROMPT = [5, 17, 3, 99, 42, 7]
 
 
 def on_gpu(arguments):
-    return {
-        name: value.to(CUDA) if isinstance(value, torch.Tensor) else value
-        for name, value in arguments.items()
-    }
+    return {name: value.to(CUDA) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
@@ -49,9 +46,7 @@ def on_gpu(arguments):
         ([3000, 64, 129], 2, 32, 8, 128),
     ],
 )
-def test_attention_decode_is_as_exact_as_pytorch(
-    lengths, rows, n_heads, n_kv_heads, head_dim, cache_dtype
-):
+def test_attention_decode_is_as_exact_as_pytorch(lengths, rows, n_heads, n_kv_heads, head_dim, cache_dtype):
     capacity = max(lengths) + rows + 3
     given = inputs(lengths, rows, n_heads, n_kv_heads, head_dim, capacity, cache_dtype)
     exact_in = cast(given, torch.float64, torch.float64) | {"inv_freq": given["inv_freq"]}
@@ -66,8 +61,7 @@ def test_attention_decode_is_as_exact_as_pytorch(
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
-    ("rows", "d", "n_vocab"),
-    [(1, 32, 1), (1, 576, 1000), (2, 64, 17), (5, 160, 65), (8, 576, 333), (33, 64, 100)],
+    ("rows", "d", "n_vocab"), [(1, 32, 1), (1, 576, 1000), (2, 64, 17), (5, 160, 65), (8, 576, 333), (33, 64, 100)]
 )
 def test_recycle_head_greedy_returns_the_argmax(format, rows, d, n_vocab):
     hidden, norm, packed, matrix = case(rows, d, n_vocab, format)
@@ -80,14 +74,11 @@ def test_recycle_head_greedy_returns_the_argmax(format, rows, d, n_vocab):
     native = (reference_ops.rms_norm(hidden, norm, EPS) @ matrix.float().T).log_softmax(-1)
     expected = exact.argmax(-1)[:, None]
     assert torch.equal(tokens.cpu(), expected[:, 0])
-    assert_as_good_as(
-        log_probs.cpu()[:, None], native.gather(1, expected), exact.gather(1, expected)
-    )
+    assert_as_good_as(log_probs.cpu()[:, None], native.gather(1, expected), exact.gather(1, expected))
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.6), (1.3, 20, 0.9), (1.0, 1, 1.0)],
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.6), (1.3, 20, 0.9), (1.0, 1, 1.0)]
 )
 def test_recycle_head_sampled_equals_reference(temperature, top_k, top_p):
     n_vocab, rows = 300, 64
@@ -106,9 +97,7 @@ def test_recycle_head_sampled_equals_reference(temperature, top_k, top_p):
 def both(packed, mode, drafts, cache_dtype=torch.float32, prompts=(PROMPT,), **sampling):
     """A decoder on the CPU and one on the GPU, after the prefill of the same prompts."""
     decoders = [
-        Decoder(
-            model, mode, drafts, len(prompts), capacity=400, cache_dtype=cache_dtype, **sampling
-        )
+        Decoder(model, mode, drafts, len(prompts), capacity=400, cache_dtype=cache_dtype, **sampling)
         for model in (packed, packed.to(CUDA))
     ]
     for decoder in decoders:
@@ -237,8 +226,7 @@ def test_new_prompt_discards_the_step_ahead(tmp_path):
     base = write_base(tmp_path / "base")
     packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
     on_cpu, on_gpu = (
-        Decoder(model, "verify", 1, capacity=30, cache_dtype=torch.float32)
-        for model in (packed, packed.to(CUDA))
+        Decoder(model, "verify", 1, capacity=30, cache_dtype=torch.float32) for model in (packed, packed.to(CUDA))
     )
     for prompt in (PROMPT, [29, 6, 84]):
         given = on_gpu.stream(prompt)
@@ -291,9 +279,7 @@ def test_nonfinite_logit_is_reported_and_leaves_the_state(tmp_path):
 
 
 def test_full_cache_is_reported(tmp_path):
-    decoder = Decoder(
-        pack_model(write_base(tmp_path), None, "f32").to(CUDA), "standard", capacity=8
-    )
+    decoder = Decoder(pack_model(write_base(tmp_path), None, "f32").to(CUDA), "standard", capacity=8)
     decoder.prefill(PROMPT)
     for _ in range(3):
         decoder.step()

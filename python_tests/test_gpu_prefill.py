@@ -41,19 +41,13 @@ def compare(base, module, dtype, length, tolerance):
     )  # fmt: skip
     expected.prefill(prompt.tolist(), 1)
     fill_caches(
-        read_plan(packed.weights, packed.plan),
-        ours.base_cache,
-        ours.module_cache if module else None,
-        1,
-        prompt,
+        read_plan(packed.weights, packed.plan), ours.base_cache, ours.module_cache if module else None, 1, prompt
     )
     caches = [(ours.base_cache, expected.base_cache)]
     caches += [(ours.module_cache, expected.module_cache)] if module else []
     for given, exact in caches:
         rows = slice(0, length - 1)
-        torch.testing.assert_close(
-            given[:, :, 1, :, rows], exact[:, :, 1, :, rows], rtol=0, atol=tolerance
-        )
+        torch.testing.assert_close(given[:, :, 1, :, rows], exact[:, :, 1, :, rows], rtol=0, atol=tolerance)
         assert not given[:, :, 0].any()
         assert not given[:, :, 1, :, length - 1 :].any()
 
@@ -64,9 +58,7 @@ def test_prefill_of_every_architecture_equals_cpu(tmp_path, architecture):
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [{}, {"norms": False}, {"input_bias": True, "n_layers": 2}, {"zero_first_embedding": True}],
-    ids=str,
+    "kind", [{}, {"norms": False}, {"input_bias": True, "n_layers": 2}, {"zero_first_embedding": True}], ids=str
 )
 def test_prefill_of_every_kind_of_module_equals_cpu(tmp_path, kind):
     base = write_base(tmp_path / "base", "qwen3")
@@ -91,8 +83,4 @@ def test_prefill_in_bf16_is_as_exact_as_pytorch(tmp_path):
     reference_base(base, torch.bfloat16)(prompt[None, :-1], native)
     for layer in range(base.config.n_layers):
         for kv in (0, 1):
-            assert_as_good_as(
-                ours[layer, kv, 0, :, :39],
-                native.held(layer)[kv][0],
-                exact.held(layer)[kv][0],
-            )
+            assert_as_good_as(ours[layer, kv, 0, :, :39], native.held(layer)[kv][0], exact.held(layer)[kv][0])

@@ -24,14 +24,10 @@ FOLDER = tempfile.TemporaryDirectory()
 
 
 @functools.cache
-def model(
-    architecture: str, seed: int, dtype: str, draft_vocab: int, module_dtype: str | None = None
-) -> PackedModel:
+def model(architecture: str, seed: int, dtype: str, draft_vocab: int, module_dtype: str | None = None) -> PackedModel:
     folder = Path(FOLDER.name, f"{architecture}-{seed}-{draft_vocab}")
     base = write_base(folder / "base", architecture, seed, n_layers=1 + seed % 2)
-    module = write_module(
-        folder / "module", base, draft_vocab_size=draft_vocab, like_base=seed % 3 > 0
-    )
+    module = write_module(folder / "module", base, draft_vocab_size=draft_vocab, like_base=seed % 3 > 0)
     return pack_model(base, module, dtype, module_dtype)
 
 
@@ -41,9 +37,7 @@ def decode(packed, mode, drafts, prompts, cache_dtype, changes=()) -> tuple[list
     changes: numbers of draft tokens that the steps are set to, in turn.
     """
     changes = itertools.cycle(changes)
-    decoder = Decoder(
-        packed, mode, drafts, batch=len(prompts), capacity=100, cache_dtype=cache_dtype
-    )
+    decoder = Decoder(packed, mode, drafts, batch=len(prompts), capacity=100, cache_dtype=cache_dtype)
     out = [[decoder.prefill(prompt, b)] for b, prompt in enumerate(prompts)]
     accepted = 0
     while any(len(tokens) < NEW_TOKENS for tokens in out):
@@ -65,9 +59,7 @@ def decode(packed, mode, drafts, prompts, cache_dtype, changes=()) -> tuple[list
     dtype=st.sampled_from(list(DTYPES)),
     module_dtype=st.sampled_from([None, *DTYPES]),
     draft_vocab=st.sampled_from([0, 50]),
-    prompts=st.lists(
-        st.lists(st.integers(0, 100), min_size=1, max_size=30), min_size=1, max_size=4
-    ),
+    prompts=st.lists(st.lists(st.integers(0, 100), min_size=1, max_size=30), min_size=1, max_size=4),
     drafts=st.integers(1, 4),
     threads=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     cache_dtype=st.sampled_from(list(CACHE_DTYPES.values())),
@@ -88,9 +80,7 @@ def test_verify_greedy_equals_standard(
     seed=st.integers(0, 5),
     dtype=st.sampled_from(list(DTYPES)),
     draft_vocab=st.sampled_from([0, 50]),
-    prompts=st.lists(
-        st.lists(st.integers(0, 100), min_size=1, max_size=30), min_size=1, max_size=3
-    ),
+    prompts=st.lists(st.lists(st.integers(0, 100), min_size=1, max_size=30), min_size=1, max_size=3),
     changes=st.lists(st.integers(0, 4), min_size=1, max_size=20),
     cache_dtype=st.sampled_from(list(CACHE_DTYPES.values())),
 )

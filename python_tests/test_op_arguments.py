@@ -66,11 +66,7 @@ def test_decode_step_with_good_arguments_is_accepted(step):
         ("plan", lambda t: t * 0, "not a plan"),
         ("plan", lambda t: t.int(), "plan is int32; it must be int64"),
         ("base_cache", lambda t: t[:1], r"base_cache has shape \[1, 2, 2, 2, 34, 16\]; it must be"),
-        (
-            "base_cache",
-            lambda t: t.double(),
-            "base_cache is float64; it must be float32, bfloat16 or int8",
-        ),
+        ("base_cache", lambda t: t.double(), "base_cache is float64; it must be float32, bfloat16 or int8"),
         ("base_cache", lambda t: t.transpose(3, 4), "base_cache has shape"),
         ("base_cache", lambda t: t[:, :, :, :, ::2], "base_cache must be contiguous"),
         ("module_cache", lambda t: t[:, :, :1], "module_cache has shape"),
@@ -136,9 +132,7 @@ def test_decode_step_with_a_damaged_plan_is_refused(step):
 def test_prefill_with_a_wrong_argument_names_it(step, prompt, sequence, message):
     before = step["pending"].clone(), step["lengths"].clone(), step["base_cache"].clone()
     with pytest.raises(ValueError, match=message):
-        torch.ops.recycle.prefill(
-            **step, sequence=sequence, prompt=torch.tensor(prompt, dtype=torch.int64)
-        )
+        torch.ops.recycle.prefill(**step, sequence=sequence, prompt=torch.tensor(prompt, dtype=torch.int64))
     for old, key in zip(before, ("pending", "lengths", "base_cache"), strict=True):
         assert torch.equal(step[key], old)
 
@@ -220,10 +214,7 @@ def test_recycle_head_with_a_wrong_argument_names_it(change, message):
         ({"mode": "fast"}, "mode is 'fast'; it must be one of standard, verify, alternate"),
         ({"drafts": 5}, "drafts is 5; it must be 1 to 4, or auto"),
         ({"drafts": "many"}, "drafts is 'many'; it must be 1 to 4, or auto"),
-        (
-            {"drafts": "auto", "mode": "alternate"},
-            "'auto', which mode 'alternate' can't have: there all",
-        ),
+        ({"drafts": "auto", "mode": "alternate"}, "'auto', which mode 'alternate' can't have: there all"),
         ({"capacity": 10**6}, "capacity is 1000000; this model's context has 1 to 512"),
         ({"mode": "standard", "batch": 2, "seeds": [1]}, "batch is 2 and there are 1 seeds"),
     ],
@@ -247,8 +238,7 @@ def test_verify_without_a_module_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "message"),
-    [({"hidden_size": 40}, "hidden_size is 40"), ({"head_dim": 24}, "head_dim is 24")],
+    ("sizes", "message"), [({"hidden_size": 40}, "hidden_size is 40"), ({"head_dim": 24}, "head_dim is 24")]
 )
 def test_pack_model_with_unsupported_sizes_is_refused(tmp_path, sizes, message):
     with pytest.raises(RecycleError, match=message + "; the kernels need a multiple of 16"):

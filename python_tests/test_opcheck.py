@@ -49,9 +49,7 @@ def test_recycle_head_passes_opcheck(temperature):
 def test_decode_step_and_prefill_pass_opcheck(tmp_path, mode, temperature):
     base = write_base(tmp_path / "base")
     module = write_module(tmp_path / "module", base)
-    decoder = Decoder(
-        pack_model(base, module, "bf16"), mode, 2, batch=2, capacity=40, temperature=temperature
-    )
+    decoder = Decoder(pack_model(base, module, "bf16"), mode, 2, batch=2, capacity=40, temperature=temperature)
     decoder.prefill([1, 2, 3], 0)
     decoder.prefill([4, 5], 1)
     arguments = decoder.arguments()

@@ -18,9 +18,7 @@ PAGES += sorted(ROOT.glob("recycle_ext/modules/*/README.md"))
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_readme_example_runs(default_model, example):
-    done = subprocess.run(
-        [sys.executable, "-c", example], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
 

@@ -39,17 +39,7 @@ def call(hidden, norm, packed, format, n_vocab, temperature=0.0, top_k=0, top_p=
     positions = torch.arange(rows) + 7
     seeds = torch.arange(rows) if seeds is None else seeds
     return torch.ops.recycle.recycle_head(
-        hidden,
-        norm,
-        EPS,
-        packed,
-        FORMATS[format],
-        n_vocab,
-        positions,
-        temperature,
-        top_k,
-        top_p,
-        seeds,
+        hidden, norm, EPS, packed, FORMATS[format], n_vocab, positions, temperature, top_k, top_p, seeds
     )
 
 
@@ -121,15 +111,7 @@ def test_sampled_token_equals_reference(isa, temperature, top_k, top_p):
     seeds = torch.arange(rows) * 7919 + 2**40
     tokens, log_probs = call(hidden, norm, packed, "f32", n_vocab, temperature, top_k, top_p, seeds)
     expected, expected_log_probs = reference_ops.recycle_head(
-        hidden.double(),
-        norm.double(),
-        EPS,
-        matrix,
-        torch.arange(rows) + 7,
-        temperature,
-        top_k,
-        top_p,
-        seeds,
+        hidden.double(), norm.double(), EPS, matrix, torch.arange(rows) + 7, temperature, top_k, top_p, seeds
     )
     assert torch.equal(tokens, expected)
     torch.testing.assert_close(log_probs.double(), expected_log_probs, rtol=0, atol=1e-5)
@@ -140,18 +122,8 @@ def test_sampled_token_equals_reference(isa, temperature, top_k, top_p):
 def test_philox_of_the_reference_gives_the_published_numbers():
     """The known answers are those of Random123, the implementation of Salmon et al. (SC 2011)."""
     ones = 0xFFFFFFFF
-    assert reference_ops.philox([0] * 4, [0] * 2) == [
-        0x6627E8D5,
-        0xE169C58D,
-        0xBC57AC4C,
-        0x9B00DBD8,
-    ]
-    assert reference_ops.philox([ones] * 4, [ones] * 2) == [
-        0x408F276D,
-        0x41C83B0E,
-        0xA20BC7C6,
-        0x6D5451FD,
-    ]
+    assert reference_ops.philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert reference_ops.philox([ones] * 4, [ones] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
 
 
 @pytest.mark.parametrize("format", FORMATS)

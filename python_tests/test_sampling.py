@@ -17,9 +17,7 @@ PROMPT = [3, 1, 4]
 VOCAB = 8
 TOKENS = 3
 BATCH, ROUNDS = 256, 60
-ERROR_LEVEL = (
-    1e-4  # the probability that a right sampler fails one of these tests, over all choices of seeds
-)
+ERROR_LEVEL = 1e-4  # the probability that a right sampler fails one of these tests, over all choices of seeds
 
 
 def exact_distribution(base, temperature, top_k, top_p) -> torch.Tensor:
@@ -86,9 +84,7 @@ def p_value(counts: torch.Tensor, probs: torch.Tensor) -> float:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    base = write_base(
-        folder / "base", vocab_size=VOCAB, hidden_size=32, intermediate_size=32, n_layers=1
-    )
+    base = write_base(folder / "base", vocab_size=VOCAB, hidden_size=32, intermediate_size=32, n_layers=1)
     module = write_module(folder / "module", base, like_base=True, draft_vocab_size=6)
     return base, pack_model(base, module, "f32")
 
@@ -111,9 +107,7 @@ def test_sampled_verify_has_the_base_distribution(tiny, mode, drafts, temperatur
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.5, 0.85)])
-def test_sampled_verify_with_changing_num_draft_tokens_has_the_base_distribution(
-    tiny, temperature, top_p
-):
+def test_sampled_verify_with_changing_num_draft_tokens_has_the_base_distribution(tiny, temperature, top_p):
     base, packed = tiny
     probs = exact_distribution(base, temperature, 0, top_p)
     counts = sample(packed, "verify", 3, temperature, 0, top_p, changing=True)

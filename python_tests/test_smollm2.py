@@ -64,16 +64,15 @@ def test_standard_f32_equals_transformers(default_model, theirs):
     for prompt in PROMPTS:
         start = model.tokenizer.encode(prompt)
         ours = ids_of(model, start, mode="standard")
-        expected = theirs.generate(
-            torch.tensor([start]), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=2
-        )[0, len(start) :].tolist()
+        expected = theirs.generate(torch.tensor([start]), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=2)[
+            0, len(start) :
+        ].tolist()
         if expected[-1] == 2:
             expected.pop()
         if ours == expected:
             continue
         common = next(
-            (i for i, (a, b) in enumerate(zip(ours, expected, strict=False)) if a != b),
-            min(len(ours), len(expected)),
+            (i for i, (a, b) in enumerate(zip(ours, expected, strict=False)) if a != b), min(len(ours), len(expected))
         )
         logits = theirs(torch.tensor([start + expected[:common]])).logits[0, -1]
         (best, second), candidates = (part.tolist() for part in logits.topk(2))
@@ -88,9 +87,7 @@ def test_verify_of_the_default_model_equals_standard(default_model, dtype):
     for prompt in PROMPTS:
         expected = ids_of(model, prompt, mode="standard")
         for drafts in (1, 3):
-            generation = recycle_ext.generate(
-                model, prompt, mode="verify", drafts=drafts, max_new_tokens=NEW_TOKENS
-            )
+            generation = recycle_ext.generate(model, prompt, mode="verify", drafts=drafts, max_new_tokens=NEW_TOKENS)
             for _ in generation:
                 pass
             assert generation.token_ids == expected

@@ -8,14 +8,7 @@ from test_recycle_head import dequantised
 
 from recycle_ext import _C
 from recycle_ext.errors import RecycleError
-from recycle_ext.weights.layout import (
-    FORMATS,
-    Matrix,
-    convert_rows,
-    matrix_bytes,
-    pack_matrix,
-    pack_rows,
-)
+from recycle_ext.weights.layout import FORMATS, Matrix, convert_rows, matrix_bytes, pack_matrix, pack_rows
 
 
 # A panel is 16 rows. A quantized one has lines of 64 bytes of scales (and minima): a line serves two blocks of 32
@@ -45,8 +38,7 @@ def test_matrix_bytes_are_whole_panels(format, k, panel_bytes):
 
 
 @pytest.mark.parametrize(
-    ("format", "k", "multiple"),
-    [("f32", 8, 16), ("bf16", 40, 16), ("q8_0", 48, 32), ("q4_1", 0, 32)],
+    ("format", "k", "multiple"), [("f32", 8, 16), ("bf16", 40, 16), ("q8_0", 48, 32), ("q4_1", 0, 32)]
 )
 def test_matrix_with_rows_of_a_wrong_length_is_refused(format, k, multiple):
     with pytest.raises(ValueError, match=f"a row has {k} weights; .* multiple of {multiple}"):

@@ -44,8 +44,7 @@ inline const char* name_of(ScalarType type) {
 template <class Sizes>
 std::string shape_text(const Sizes& sizes) {
   std::string text;
-  for (const int64_t size : sizes)
-    text += (text.empty() ? "" : ", ") + (size == kAny ? "any" : std::to_string(size));
+  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + (size == kAny ? "any" : std::to_string(size));
   return "[" + text + "]";
 }
 
@@ -70,16 +69,14 @@ struct Checker {
 
   // A contiguous tensor of this dtype and shape (kAny: any size).
   void check(const char* name, const Tensor& tensor, ScalarType dtype, Shape shape) const {
-    const bool is_here =
-        gpu < 0 ? tensor.is_cpu() : tensor.is_cuda() && tensor.get_device_index() == gpu;
+    const bool is_here = gpu < 0 ? tensor.is_cpu() : tensor.is_cuda() && tensor.get_device_index() == gpu;
     if (!is_here && gpu < 0) fail(name, " must be a CPU tensor");
     if (!is_here) fail(name, " must be on the GPU of the other tensors, cuda:", gpu);
     if (tensor.scalar_type() != dtype)
       fail(name, " is ", name_of(tensor.scalar_type()), "; it must be ", name_of(dtype));
     const auto sizes = tensor.sizes();
-    const bool same =
-        std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end(),
-                   [](int64_t size, int64_t wanted) { return wanted == kAny || size == wanted; });
+    const bool same = std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end(),
+                                 [](int64_t size, int64_t wanted) { return wanted == kAny || size == wanted; });
     if (!same) fail(name, " has shape ", shape_text(sizes), "; it must be ", shape_text(shape));
     if (!tensor.is_contiguous()) fail(name, " must be contiguous");
   }
@@ -96,15 +93,13 @@ struct Checker {
     return static_cast<T*>(tensor.mutable_data_ptr());
   }
   // A vector of n floats, or null.
-  const float* optional_vector(const char* name, const std::optional<Tensor>& tensor,
-                               int64_t n) const {
+  const float* optional_vector(const char* name, const std::optional<Tensor>& tensor, int64_t n) const {
     return tensor.has_value() ? input<float>(name, *tensor, {n}) : nullptr;
   }
   // Packed weights, or scratch: at least `min_bytes`, aligned to a cache line.
   const std::byte* bytes(const char* name, const Tensor& tensor, int64_t min_bytes) const {
     const auto* data = input<std::byte>(name, tensor, {kAny});
-    if (tensor.numel() < min_bytes)
-      fail(name, " has ", tensor.numel(), " bytes; it needs ", min_bytes);
+    if (tensor.numel() < min_bytes) fail(name, " has ", tensor.numel(), " bytes; it needs ", min_bytes);
     if (reinterpret_cast<uintptr_t>(data) % 64 != 0)
       fail(name, " must begin at an address that is a multiple of 64 (fresh torch tensors do)");
     return data;

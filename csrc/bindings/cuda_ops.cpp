@@ -29,8 +29,7 @@ StreamOf stream_function() {
   constexpr const char* name = "aoti_torch_get_current_cuda_stream";
   void* at = dlsym(RTLD_DEFAULT, name);
   if (at == nullptr)
-    if (void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD))
-      at = dlsym(torch_cuda, name);
+    if (void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD)) at = dlsym(torch_cuda, name);
   return reinterpret_cast<StreamOf>(at);
 }
 
@@ -56,19 +55,14 @@ Device device_of(const Checker& checker) {
 }
 
 void check_started(const char* op, bool started) {
-  if (!started)
-    throw std::runtime_error(std::string(op) +
-                             ": a CUDA kernel didn't start: " + cuda::last_error());
+  if (!started) throw std::runtime_error(std::string(op) + ": a CUDA kernel didn't start: " + cuda::last_error());
 }
 
 // What the GPU kernels need of a cache beyond what the CPU kernels need.
-void check_gpu_cache(const Checker& checker, const char* name, const KvCache& cache,
-                     const Device& device) {
-  if (cache.type == CacheType::q8)
-    checker.fail(name, " is int8; on a GPU it must be float32 or bfloat16");
+void check_gpu_cache(const Checker& checker, const char* name, const KvCache& cache, const Device& device) {
+  if (cache.type == CacheType::q8) checker.fail(name, " is int8; on a GPU it must be float32 or bfloat16");
   if (reinterpret_cast<uintptr_t>(cache.data) % 16 != 0)
-    checker.fail(name,
-                 " must begin at an address that is a multiple of 16 (fresh torch tensors do)");
+    checker.fail(name, " must begin at an address that is a multiple of 16 (fresh torch tensors do)");
   const int64_t bytes = cuda::attention_shared_bytes(cache.type, cache.head_dim);
   if (bytes > device.shared_bytes)
     checker.fail(name, " of this dtype with head_dim ", cache.head_dim, " needs ", bytes,
@@ -76,41 +70,35 @@ void check_gpu_cache(const Checker& checker, const char* name, const KvCache& ca
                  cache.type == CacheType::f32 ? "; in bfloat16 it needs half" : "");
 }
 
-Tensor attention_decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cache,
-                        const Tensor& lengths, const Tensor& inv_freq,
-                        const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
-                        double eps) {
+Tensor attention_decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cache, const Tensor& lengths,
+                        const Tensor& inv_freq, const std::optional<Tensor>& q_norm,
+                        const std::optional<Tensor>& k_norm, double eps) {
   const Checker checker = checker_of("attention_decode", "q", q);
-  AttentionParams params =
-      check_attention(checker, q, k, v, cache, lengths, inv_freq, q_norm, k_norm, eps);
+  AttentionParams params = check_attention(checker, q, k, v, cache, lengths, inv_freq, q_norm, k_norm, eps);
   const Device device = device_of(checker);
   check_gpu_cache(checker, "cache", params.cache, device);
   const OnGpu on(checker.gpu);
   Tensor out = torch::stable::empty_like(q);
   params.out = data<float>(out);
-  const Tensor scratch =
-      torch::stable::new_empty(q, {cuda::attention_scratch_bytes(params)}, ScalarType::Byte);
+  const Tensor scratch = torch::stable::new_empty(q, {cuda::attention_scratch_bytes(params)}, ScalarType::Byte);
   params.scratch = data<std::byte>(scratch);
   check_started(checker.op, cuda::attention_decode(params, device, current_stream(checker)));
   return out;
 }
 
-std::tuple<Tensor, Tensor> recycle_head(const Tensor& hidden, const std::optional<Tensor>& norm,
-                                        double eps, const Tensor& head, int64_t format,
-                                        int64_t n_vocab, const Tensor& positions,
-                                        double temperature, int64_t top_k, double top_p,
-                                        const Tensor& seeds) {
+std::tuple<Tensor, Tensor> recycle_head(const Tensor& hidden, const std::optional<Tensor>& norm, double eps,
+                                        const Tensor& head, int64_t format, int64_t n_vocab, const Tensor& positions,
+                                        double temperature, int64_t top_k, double top_p, const Tensor& seeds) {
   const Checker checker = checker_of("recycle_head", "hidden", hidden);
-  HeadParams params = check_head(checker, hidden, norm, eps, head, format, n_vocab, positions,
-                                 temperature, top_k, top_p, seeds);
+  HeadParams params =
+      check_head(checker, hidden, norm, eps, head, format, n_vocab, positions, temperature, top_k, top_p, seeds);
   const Device device = device_of(checker);
   const OnGpu on(checker.gpu);
   Tensor tokens = torch::stable::new_empty(hidden, {params.n_rows}, ScalarType::Long);
   Tensor log_probs = torch::stable::new_empty(hidden, {params.n_rows});
   params.tokens = data<int64_t>(tokens);
   params.log_probs = data<float>(log_probs);
-  const Tensor scratch = torch::stable::new_empty(
-      hidden, {cuda::head_scratch_bytes(params, device)}, ScalarType::Byte);
+  const Tensor scratch = torch::stable::new_empty(hidden, {cuda::head_scratch_bytes(params, device)}, ScalarType::Byte);
   params.scratch = data<std::byte>(scratch);
   check_started(checker.op, cuda::recycle_head(params, device, current_stream(checker)));
   return {tokens, log_probs};
@@ -122,8 +110,8 @@ std::tuple<Tensor, Tensor> step(const char* op, const StepArguments& given, int6
   const Device device = device_of(checker);
   Model model;
   const DecodeState state = check_state(checker, given, &model, [&](const DecodeState& state) {
-    return cuda::decode_scratch_bytes(*state.model, state.batch, state.num_draft_tokens,
-                                      state.sampling.greedy(), device);
+    return cuda::decode_scratch_bytes(*state.model, state.batch, state.num_draft_tokens, state.sampling.greedy(),
+                                      device);
   });
   check_gpu_cache(checker, "base_cache", state.base_cache, device);
   if (state.num_draft_tokens > 0) {
@@ -132,42 +120,37 @@ std::tuple<Tensor, Tensor> step(const char* op, const StepArguments& given, int6
       checker.fail("module_cache is ", name_of(given.module_cache.scalar_type()), ", base_cache ",
                    name_of(given.base_cache.scalar_type()), "; they must be the same");
   }
-  if (first_of >= state.batch)
-    checker.fail("sequence is ", first_of, "; it must be 0 to ", state.batch - 1);
+  if (first_of >= state.batch) checker.fail("sequence is ", first_of, "; it must be 0 to ", state.batch - 1);
   const OnGpu on(checker.gpu);
   Tensor tokens = torch::stable::empty_like(given.pending);
   Tensor counts = torch::stable::new_empty(given.lengths, {state.batch});
   void* stream = current_stream(checker);
   auto* const out = data<int64_t>(tokens);
   auto* const n_out = data<int64_t>(counts);
-  check_started(op, first_of < 0
-                        ? cuda::decode_step(state, out, n_out, device, stream)
-                        : cuda::finish_prefill(state, first_of, out, n_out, device, stream));
+  check_started(op, first_of < 0 ? cuda::decode_step(state, out, n_out, device, stream)
+                                 : cuda::finish_prefill(state, first_of, out, n_out, device, stream));
   return {tokens, counts};
 }
 
-std::tuple<Tensor, Tensor> decode_step(const Tensor& weights, const Tensor& plan,
-                                       const Tensor& base_cache, const Tensor& module_cache,
-                                       const Tensor& pending, const Tensor& lengths,
-                                       const Tensor& draft_probs, const Tensor& scratch,
-                                       int64_t mode, double temperature, int64_t top_k,
-                                       double top_p, const Tensor& seeds) {
+std::tuple<Tensor, Tensor> decode_step(const Tensor& weights, const Tensor& plan, const Tensor& base_cache,
+                                       const Tensor& module_cache, const Tensor& pending, const Tensor& lengths,
+                                       const Tensor& draft_probs, const Tensor& scratch, int64_t mode,
+                                       double temperature, int64_t top_k, double top_p, const Tensor& seeds) {
   return step("decode_step",
-              {weights, plan, base_cache, module_cache, pending, lengths, draft_probs, scratch,
-               mode, temperature, top_k, top_p, seeds},
+              {weights, plan, base_cache, module_cache, pending, lengths, draft_probs, scratch, mode, temperature,
+               top_k, top_p, seeds},
               -1);
 }
 
-std::tuple<Tensor, Tensor> finish_prefill(const Tensor& weights, const Tensor& plan,
-                                          const Tensor& base_cache, const Tensor& module_cache,
-                                          const Tensor& pending, const Tensor& lengths,
-                                          const Tensor& draft_probs, const Tensor& scratch,
-                                          int64_t mode, double temperature, int64_t top_k,
-                                          double top_p, const Tensor& seeds, int64_t sequence) {
+std::tuple<Tensor, Tensor> finish_prefill(const Tensor& weights, const Tensor& plan, const Tensor& base_cache,
+                                          const Tensor& module_cache, const Tensor& pending, const Tensor& lengths,
+                                          const Tensor& draft_probs, const Tensor& scratch, int64_t mode,
+                                          double temperature, int64_t top_k, double top_p, const Tensor& seeds,
+                                          int64_t sequence) {
   if (sequence < 0) fail("finish_prefill", "sequence is ", sequence, "; it must be 0 or more");
   return step("finish_prefill",
-              {weights, plan, base_cache, module_cache, pending, lengths, draft_probs, scratch,
-               mode, temperature, top_k, top_p, seeds},
+              {weights, plan, base_cache, module_cache, pending, lengths, draft_probs, scratch, mode, temperature,
+               top_k, top_p, seeds},
               sequence);
 }
 
@@ -175,13 +158,12 @@ bool knows_streams() {
   return stream_function() != nullptr;
 }
 
-int64_t gpu_scratch_bytes(const Tensor& plan, int64_t weights_bytes, int64_t batch,
-                          int64_t num_draft_tokens, bool greedy, int64_t gpu) {
+int64_t gpu_scratch_bytes(const Tensor& plan, int64_t weights_bytes, int64_t batch, int64_t num_draft_tokens,
+                          bool greedy, int64_t gpu) {
   const Checker checker{"gpu_scratch_bytes", static_cast<int>(gpu)};
   Model model;
   // Only sizes are read, so any address serves.
-  check_plan(checker, plan, reinterpret_cast<const std::byte*>(kAlign), weights_bytes, false,
-             &model);
+  check_plan(checker, plan, reinterpret_cast<const std::byte*>(kAlign), weights_bytes, false, &model);
   return cuda::decode_scratch_bytes(model, batch, num_draft_tokens, greedy, device_of(checker));
 }
 

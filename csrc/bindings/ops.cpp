@@ -25,31 +25,28 @@ namespace {
 void check_status(const char* op, const Status& status, const char* unit) {
   if (status.code == StatusCode::ok) return;
   std::ostringstream message;
-  message << op << ": a logit is NaN or infinite (" << unit << " " << status.sequence
-          << ", position " << status.position << ")";
+  message << op << ": a logit is NaN or infinite (" << unit << " " << status.sequence << ", position "
+          << status.position << ")";
   throw std::runtime_error(message.str());
 }
 
 // ---- attention_decode --------------------------------------------------------------------------------
 
-Tensor attention_decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cache,
-                        const Tensor& lengths, const Tensor& inv_freq,
-                        const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
-                        double eps) {
+Tensor attention_decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cache, const Tensor& lengths,
+                        const Tensor& inv_freq, const std::optional<Tensor>& q_norm,
+                        const std::optional<Tensor>& k_norm, double eps) {
   const Checker checker{"attention_decode"};
-  AttentionParams params =
-      check_attention(checker, q, k, v, cache, lengths, inv_freq, q_norm, k_norm, eps);
+  AttentionParams params = check_attention(checker, q, k, v, cache, lengths, inv_freq, q_norm, k_norm, eps);
   for (int64_t b = 0; b < params.batch; ++b) {
     const int64_t length = params.lengths[b];
     if (length < 0 || length > params.cache.capacity - params.n_rows)
       checker.fail("lengths[", b, "] is ", length, " and ", params.n_rows,
-                   " rows are to be added, but cache has room for ", params.cache.capacity,
-                   " positions");
+                   " rows are to be added, but cache has room for ", params.cache.capacity, " positions");
   }
   Tensor out = torch::stable::empty_like(q);
   params.out = data<float>(out);
-  const int64_t bytes = attention_scratch_bytes(params.batch, params.n_rows, params.n_heads,
-                                                params.n_kv_heads, params.head_dim, n_threads());
+  const int64_t bytes = attention_scratch_bytes(params.batch, params.n_rows, params.n_heads, params.n_kv_heads,
+                                                params.head_dim, n_threads());
   const Tensor scratch = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
   params.scratch = data<std::byte>(scratch);
   attention_decode(params);
@@ -58,20 +55,18 @@ Tensor attention_decode(const Tensor& q, const Tensor& k, const Tensor& v, const
 
 // ---- recycle_head ------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> recycle_head(const Tensor& hidden, const std::optional<Tensor>& norm,
-                                        double eps, const Tensor& head, int64_t format,
-                                        int64_t n_vocab, const Tensor& positions,
-                                        double temperature, int64_t top_k, double top_p,
-                                        const Tensor& seeds) {
+std::tuple<Tensor, Tensor> recycle_head(const Tensor& hidden, const std::optional<Tensor>& norm, double eps,
+                                        const Tensor& head, int64_t format, int64_t n_vocab, const Tensor& positions,
+                                        double temperature, int64_t top_k, double top_p, const Tensor& seeds) {
   const Checker checker{"recycle_head"};
-  HeadParams params = check_head(checker, hidden, norm, eps, head, format, n_vocab, positions,
-                                 temperature, top_k, top_p, seeds);
+  HeadParams params =
+      check_head(checker, hidden, norm, eps, head, format, n_vocab, positions, temperature, top_k, top_p, seeds);
   Tensor tokens = torch::stable::new_empty(hidden, {params.n_rows}, ScalarType::Long);
   Tensor log_probs = torch::stable::new_empty(hidden, {params.n_rows});
   params.tokens = data<int64_t>(tokens);
   params.log_probs = data<float>(log_probs);
-  const int64_t bytes = head_scratch_bytes(params.n_rows, params.hidden, n_vocab,
-                                           params.sampling.greedy(), n_threads());
+  const int64_t bytes =
+      head_scratch_bytes(params.n_rows, params.hidden, n_vocab, params.sampling.greedy(), n_threads());
   const Tensor scratch = torch::stable::new_empty(hidden, {bytes}, ScalarType::Byte);
   params.scratch = data<std::byte>(scratch);
   check_status(checker.op, recycle_head(params), "row");
@@ -81,23 +76,19 @@ std::tuple<Tensor, Tensor> recycle_head(const Tensor& hidden, const std::optiona
 // ---- decode_step and prefill -------------------------------------------------------------------------
 
 int64_t scratch_bytes(const DecodeState& state) {
-  return decode_scratch_bytes(*state.model, state.batch, state.num_draft_tokens,
-                              state.sampling.greedy(), n_threads());
+  return decode_scratch_bytes(*state.model, state.batch, state.num_draft_tokens, state.sampling.greedy(), n_threads());
 }
 
-std::tuple<Tensor, Tensor> decode_step(const Tensor& weights, const Tensor& plan,
-                                       const Tensor& base_cache, const Tensor& module_cache,
-                                       const Tensor& pending, const Tensor& lengths,
-                                       const Tensor& draft_probs, const Tensor& scratch,
-                                       int64_t mode, double temperature, int64_t top_k,
-                                       double top_p, const Tensor& seeds) {
+std::tuple<Tensor, Tensor> decode_step(const Tensor& weights, const Tensor& plan, const Tensor& base_cache,
+                                       const Tensor& module_cache, const Tensor& pending, const Tensor& lengths,
+                                       const Tensor& draft_probs, const Tensor& scratch, int64_t mode,
+                                       double temperature, int64_t top_k, double top_p, const Tensor& seeds) {
   const Checker checker{"decode_step"};
   Model model;
-  const DecodeState state =
-      check_state(checker,
-                  {weights, plan, base_cache, module_cache, pending, lengths, draft_probs, scratch,
-                   mode, temperature, top_k, top_p, seeds},
-                  &model, scratch_bytes);
+  const DecodeState state = check_state(checker,
+                                        {weights, plan, base_cache, module_cache, pending, lengths, draft_probs,
+                                         scratch, mode, temperature, top_k, top_p, seeds},
+                                        &model, scratch_bytes);
   const int64_t vocab = model.base.head.n;
   const int64_t room = positions_needed(state.num_draft_tokens);
   for (int64_t b = 0; b < state.batch; ++b) {
@@ -105,8 +96,7 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& weights, const Tensor& plan
     if (tokens[0] < 0) continue;
     for (int64_t j = 0; j < state.rows_per_sequence(); ++j)
       if (tokens[j] < 0 || tokens[j] >= vocab)
-        checker.fail("pending[", b, "][", j, "] is ", tokens[j], "; token ids are 0 to ",
-                     vocab - 1);
+        checker.fail("pending[", b, "][", j, "] is ", tokens[j], "; token ids are 0 to ", vocab - 1);
     const int64_t length = state.lengths[b];
     if (length < 0 || length > capacity_of(state) - room)
       checker.fail("lengths[0][", b, "] is ", length, " and a step needs ", room,
@@ -118,23 +108,20 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& weights, const Tensor& plan
   }
   Tensor tokens = torch::stable::empty_like(pending);
   Tensor counts = torch::stable::new_empty(lengths, {state.batch});
-  check_status(checker.op, decode_step(state, data<int64_t>(tokens), data<int64_t>(counts)),
-               "sequence");
+  check_status(checker.op, decode_step(state, data<int64_t>(tokens), data<int64_t>(counts)), "sequence");
   return {tokens, counts};
 }
 
-void prefill(const Tensor& weights, const Tensor& plan, const Tensor& base_cache,
-             const Tensor& module_cache, const Tensor& pending, const Tensor& lengths,
-             const Tensor& draft_probs, const Tensor& scratch, int64_t mode, double temperature,
-             int64_t top_k, double top_p, const Tensor& seeds, int64_t sequence,
+void prefill(const Tensor& weights, const Tensor& plan, const Tensor& base_cache, const Tensor& module_cache,
+             const Tensor& pending, const Tensor& lengths, const Tensor& draft_probs, const Tensor& scratch,
+             int64_t mode, double temperature, int64_t top_k, double top_p, const Tensor& seeds, int64_t sequence,
              const Tensor& prompt) {
   const Checker checker{"prefill"};
   Model model;
-  const DecodeState state =
-      check_state(checker,
-                  {weights, plan, base_cache, module_cache, pending, lengths, draft_probs, scratch,
-                   mode, temperature, top_k, top_p, seeds},
-                  &model, scratch_bytes);
+  const DecodeState state = check_state(checker,
+                                        {weights, plan, base_cache, module_cache, pending, lengths, draft_probs,
+                                         scratch, mode, temperature, top_k, top_p, seeds},
+                                        &model, scratch_bytes);
   if (sequence < 0 || sequence >= state.batch)
     checker.fail("sequence is ", sequence, "; it must be 0 to ", state.batch - 1);
   const auto* ids = checker.input<int64_t>("prompt", prompt, {kAny});
@@ -142,13 +129,11 @@ void prefill(const Tensor& weights, const Tensor& plan, const Tensor& base_cache
   const int64_t vocab = model.base.head.n;
   if (n_prompt < 1) checker.fail("prompt is empty; it must have at least one token");
   for (int64_t i = 0; i < n_prompt; ++i) {
-    if (ids[i] < 0 || ids[i] >= vocab)
-      checker.fail("prompt[", i, "] is ", ids[i], "; token ids are 0 to ", vocab - 1);
+    if (ids[i] < 0 || ids[i] >= vocab) checker.fail("prompt[", i, "] is ", ids[i], "; token ids are 0 to ", vocab - 1);
   }
   const int64_t room = n_prompt + std::max<int64_t>(state.num_draft_tokens - 1, 0);
   if (room > capacity_of(state))
-    checker.fail("prompt has ", n_prompt, " tokens, but the caches have room for ",
-                 capacity_of(state), " positions");
+    checker.fail("prompt has ", n_prompt, " tokens, but the caches have room for ", capacity_of(state), " positions");
   check_status(checker.op, prefill(state, sequence, ids, n_prompt), "sequence");
 }
 

@@ -30,8 +30,7 @@ recycle::Format format_of(int format) {
 void check_k(recycle::Format format, int64_t k) {
   const int64_t multiple = recycle::k_multiple(format);
   if (k < 1 || k % multiple != 0)
-    throw std::invalid_argument("a row has " + std::to_string(k) +
-                                " weights; this format needs a multiple of " +
+    throw std::invalid_argument("a row has " + std::to_string(k) + " weights; this format needs a multiple of " +
                                 std::to_string(multiple));
 }
 
@@ -43,24 +42,21 @@ struct Buffer {
   int64_t bytes;
 };
 
-void pack_rows(int format, int64_t n, int64_t k, int64_t row_begin, const py::buffer& rows,
-               const py::buffer& packed) {
+void pack_rows(int format, int64_t n, int64_t k, int64_t row_begin, const py::buffer& rows, const py::buffer& packed) {
   const recycle::Format kind = format_of(format);
   check_k(kind, k);
   const Buffer source(rows, false);
   const Buffer target(packed, true);
   const int64_t row_bytes = recycle::row_bytes(kind, k);
   if (source.bytes % row_bytes != 0)
-    throw std::invalid_argument("rows has " + std::to_string(source.bytes) +
-                                " bytes; a row of this format has " + std::to_string(row_bytes));
+    throw std::invalid_argument("rows has " + std::to_string(source.bytes) + " bytes; a row of this format has " +
+                                std::to_string(row_bytes));
   const int64_t count = source.bytes / row_bytes;
   if (row_begin < 0 || row_begin % recycle::kPanelRows != 0 || row_begin + count > n ||
       (count % recycle::kPanelRows != 0 && row_begin + count != n))
-    throw std::invalid_argument(
-        "rows must begin at a multiple of 16 and end at one or at the last");
+    throw std::invalid_argument("rows must begin at a multiple of 16 and end at one or at the last");
   if (target.bytes != recycle::matrix_bytes(kind, n, k))
-    throw std::invalid_argument("packed has " + std::to_string(target.bytes) +
-                                " bytes; the matrix takes " +
+    throw std::invalid_argument("packed has " + std::to_string(target.bytes) + " bytes; the matrix takes " +
                                 std::to_string(recycle::matrix_bytes(kind, n, k)));
   const auto* from = static_cast<const std::byte*>(source.info.ptr);
   auto* to = static_cast<std::byte*>(target.info.ptr);
@@ -68,17 +64,15 @@ void pack_rows(int format, int64_t n, int64_t k, int64_t row_begin, const py::bu
   recycle::pack_rows(kind, k, row_begin, count, from, to);
 }
 
-int64_t scratch_bytes(const py::buffer& plan, const py::buffer& weights, int64_t batch,
-                      int64_t num_draft_tokens, bool greedy) {
+int64_t scratch_bytes(const py::buffer& plan, const py::buffer& weights, int64_t batch, int64_t num_draft_tokens,
+                      bool greedy) {
   const Buffer table(plan, false);
   const Buffer bytes(weights, false);
   recycle::Model model;
-  const char* error =
-      recycle::read_plan(static_cast<const int64_t*>(table.info.ptr), table.bytes / 8,
-                         static_cast<const std::byte*>(bytes.info.ptr), bytes.bytes, &model);
+  const char* error = recycle::read_plan(static_cast<const int64_t*>(table.info.ptr), table.bytes / 8,
+                                         static_cast<const std::byte*>(bytes.info.ptr), bytes.bytes, &model);
   if (error != nullptr) throw std::invalid_argument(std::string("plan and weights: ") + error);
-  return recycle::decode_scratch_bytes(model, batch, num_draft_tokens, greedy,
-                                       recycle::n_threads());
+  return recycle::decode_scratch_bytes(model, batch, num_draft_tokens, greedy, recycle::n_threads());
 }
 
 std::vector<std::string> runnable_isas() {
@@ -106,20 +100,17 @@ PYBIND11_MODULE(_C, m) {
       "The build: version, torch, cpu_targets, cuda, compiler.");
 
   m.def("isa", [] { return recycle::kernels().name; }, "The instruction set in use.");
-  m.def("runnable_isas", &runnable_isas,
-        "Instruction sets that this build has and this processor can run, best last.");
+  m.def("runnable_isas", &runnable_isas, "Instruction sets that this build has and this processor can run, best last.");
   m.def(
       "force_isa",
       [](std::optional<std::string> name) {
         if (!recycle::force_isa(name ? name->c_str() : nullptr))
-          throw std::invalid_argument("instruction set " + *name +
-                                      " is not in this build or not in this processor");
+          throw std::invalid_argument("instruction set " + *name + " is not in this build or not in this processor");
       },
       py::arg("name"), "Use the kernels of this instruction set; None: of the best one.");
 
   m.def("n_threads", &recycle::n_threads, "The number of threads that the kernels use.");
-  m.def("available_cores", &recycle::available_cores,
-        "Cores that this process may run on (its affinity mask).");
+  m.def("available_cores", &recycle::available_cores, "Cores that this process may run on (its affinity mask).");
   m.def(
       "set_n_threads",
       [](int n) {
@@ -141,8 +132,8 @@ PYBIND11_MODULE(_C, m) {
             const auto phase = static_cast<recycle::Phase>(i);
             const recycle::PhaseTime time = recycle::phase_time(phase, is_module);
             if (time.count > 0)
-              rows.append(py::make_tuple(is_module ? "module" : "base", recycle::phase_name(phase),
-                                         time.count, time.work, time.wait));
+              rows.append(py::make_tuple(is_module ? "module" : "base", recycle::phase_name(phase), time.count,
+                                         time.work, time.wait));
           }
         return rows;
       },
@@ -157,13 +148,13 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("data"), "Requests huge pages for memory that was not written to yet.");
 
-  m.def("read_bandwidth", &recycle::read_bandwidth, py::call_guard<py::gil_scoped_release>(),
-        py::arg("bytes"), py::arg("repeats"),
+  m.def("read_bandwidth", &recycle::read_bandwidth, py::call_guard<py::gil_scoped_release>(), py::arg("bytes"),
+        py::arg("repeats"),
         "Bytes a second that all threads together read from a buffer of this size: the median of "
         "the repeats.");
 
-  m.def("pack_rows", &pack_rows, py::arg("format"), py::arg("n"), py::arg("k"),
-        py::arg("row_begin"), py::arg("rows"), py::arg("packed"),
+  m.def("pack_rows", &pack_rows, py::arg("format"), py::arg("n"), py::arg("k"), py::arg("row_begin"), py::arg("rows"),
+        py::arg("packed"),
         "Packs rows [row_begin, ...) of an [n, k] matrix into `packed`, a buffer for the whole "
         "matrix.");
   m.def(
@@ -174,9 +165,8 @@ PYBIND11_MODULE(_C, m) {
         return recycle::matrix_bytes(kind, n, k);
       },
       py::arg("format"), py::arg("n"), py::arg("k"), "Bytes of a packed matrix.");
-  m.def("scratch_bytes", &scratch_bytes, py::arg("plan"), py::arg("weights"), py::arg("batch"),
-        py::arg("drafts"), py::arg("greedy"),
-        "Bytes of scratch that decode_step and prefill need with the current number of threads.");
+  m.def("scratch_bytes", &scratch_bytes, py::arg("plan"), py::arg("weights"), py::arg("batch"), py::arg("drafts"),
+        py::arg("greedy"), "Bytes of scratch that decode_step and prefill need with the current number of threads.");
   m.def("positions_needed", &recycle::positions_needed, py::arg("drafts"),
         "Free positions that the caches must have for a decode step with this many draft tokens.");
   m.attr("PLAN_MAGIC") = recycle::kPlanMagic;

@@ -32,9 +32,7 @@ class Reader {
       if (!optional) fail("the plan lacks a vector it needs");
       return nullptr;
     }
-    return fits(offset, n * static_cast<int64_t>(sizeof(T)))
-               ? reinterpret_cast<const T*>(weights_ + offset)
-               : nullptr;
+    return fits(offset, n * static_cast<int64_t>(sizeof(T))) ? reinterpret_cast<const T*>(weights_ + offset) : nullptr;
   }
 
   Matrix matrix(int64_t n, int64_t k) {
@@ -68,11 +66,10 @@ class Reader {
     stack.head_dim = size(256);
     stack.eps = std::bit_cast<float>(static_cast<int32_t>(next()));
     stack.inv_freq = vector<float>(stack.head_dim / 2, false);
-    if (error == nullptr &&
-        (stack.hidden <= 0 || stack.hidden % kPanelRows != 0 || stack.intermediate <= 0 ||
-         stack.intermediate % kPanelRows != 0 || stack.n_layers <= 0 || stack.head_dim <= 0 ||
-         stack.head_dim % kPanelRows != 0 || stack.n_kv_heads <= 0 ||
-         stack.n_heads < stack.n_kv_heads || stack.n_heads % stack.n_kv_heads != 0))
+    if (error == nullptr && (stack.hidden <= 0 || stack.hidden % kPanelRows != 0 || stack.intermediate <= 0 ||
+                             stack.intermediate % kPanelRows != 0 || stack.n_layers <= 0 || stack.head_dim <= 0 ||
+                             stack.head_dim % kPanelRows != 0 || stack.n_kv_heads <= 0 ||
+                             stack.n_heads < stack.n_kv_heads || stack.n_heads % stack.n_kv_heads != 0))
       fail("the plan's layer sizes don't fit together");
     return stack;
   }
@@ -97,8 +94,7 @@ class Reader {
   }
 
   void layers(Stack* stack) {
-    for (int64_t i = 0; i < stack->n_layers && error == nullptr; ++i)
-      stack->layers.push_back(layer(*stack));
+    for (int64_t i = 0; i < stack->n_layers && error == nullptr; ++i) stack->layers.push_back(layer(*stack));
   }
 
   void base(Base* base) {
@@ -125,8 +121,7 @@ class Reader {
     module->draft_vocab = vector<int64_t>(draft_vocab, true);
     module->zero_first_embedding = next() != 0;
     const int64_t* ids = module->draft_vocab;
-    if (ids == nullptr && draft_vocab != vocab)
-      fail("the module's head is not as tall as the vocabulary");
+    if (ids == nullptr && draft_vocab != vocab) fail("the module's head is not as tall as the vocabulary");
     if (readable && error == nullptr && ids != nullptr)
       for (int64_t i = 0; i < draft_vocab; ++i)
         if (ids[i] < (i == 0 ? 0 : ids[i - 1] + 1) || ids[i] >= vocab)
@@ -144,8 +139,8 @@ class Reader {
 
  private:
   bool fits(int64_t offset, int64_t bytes) {
-    const bool inside = offset >= 0 && offset % kAlign == 0 && offset <= weights_bytes_ &&
-                        bytes <= weights_bytes_ - offset;
+    const bool inside =
+        offset >= 0 && offset % kAlign == 0 && offset <= weights_bytes_ && bytes <= weights_bytes_ - offset;
     if (!inside) fail("the plan points outside the weights");
     return inside;
   }
@@ -159,8 +154,8 @@ class Reader {
 
 }  // namespace
 
-const char* read_plan(const int64_t* plan, int64_t plan_length, const std::byte* weights,
-                      int64_t weights_bytes, Model* model, bool readable) {
+const char* read_plan(const int64_t* plan, int64_t plan_length, const std::byte* weights, int64_t weights_bytes,
+                      Model* model, bool readable) {
   Reader reader(plan, plan_length, weights, weights_bytes);
   if (reader.next() != kPlanMagic) return "it is not a plan made by recycle_ext.weights";
   if (reader.next() != kPlanVersion) return "the plan was made by another version of recycle_ext";
@@ -168,8 +163,7 @@ const char* read_plan(const int64_t* plan, int64_t plan_length, const std::byte*
   model->has_module = reader.next() != 0;
 
   reader.base(&model->base);
-  if (model->has_module && reader.error == nullptr)
-    reader.module(model->base, readable, &model->module);
+  if (model->has_module && reader.error == nullptr) reader.module(model->base, readable, &model->module);
   if (reader.error == nullptr && !reader.at_end()) reader.fail("the plan is too long");
   return reader.error;
 }

@@ -49,15 +49,14 @@ void write_q8(const float* values, int64_t count, std::byte* row) {
   const float scale = (nonzero ? max_abs / 127 : 0.0f) + nonfinite;
   constexpr float kRound = 0x1.8p23f;  // a sum with it has no bits for fractions
   for (int64_t i = 0; i < count; ++i)
-    row[i] =
-        static_cast<std::byte>(static_cast<int32_t>((values[i] * inv_scale + kRound) - kRound));
+    row[i] = static_cast<std::byte>(static_cast<int32_t>((values[i] * inv_scale + kRound) - kRound));
   std::memcpy(row + count, &scale, kScaleBytes);
 }
 
 // Writes elements [first, first + count) of one head at one position, or the whole row in 8 bits. head: the head's
 // part of the cache.
-void write_cache(const float* values, int64_t count, const KvCache& cache, std::byte* head,
-                 int64_t position, int64_t first) {
+void write_cache(const float* values, int64_t count, const KvCache& cache, std::byte* head, int64_t position,
+                 int64_t first) {
   std::byte* row = head + position * cache.row_bytes();
   if (cache.type == CacheType::q8) return write_q8(values, count, row);
   if (cache.type == CacheType::f32) {
@@ -72,8 +71,7 @@ void write_cache(const float* values, int64_t count, const KvCache& cache, std::
 
 }  // namespace
 
-void AttentionWork::take(Arena& arena, int64_t rows, const AttentionShape& a,
-                         const AttentionShape& b) {
+void AttentionWork::take(Arena& arena, int64_t rows, const AttentionShape& a, const AttentionShape& b) {
   const int64_t heads = std::max(a.n_heads, b.n_heads);
   q = arena.take<float>(rows * std::max(a.q_size(), b.q_size()));
   k = arena.take<float>(rows * std::max(a.kv_size(), b.kv_size()));
@@ -85,8 +83,7 @@ void AttentionWork::take(Arena& arena, int64_t rows, const AttentionShape& a,
   maximum = arena.take<float>(rows * kSplits * heads);
 }
 
-void rope_tables(const Team& team, const Rows& rows, const float* inv_freq, int64_t head_dim,
-                 AttentionWork& work) {
+void rope_tables(const Team& team, const Rows& rows, const float* inv_freq, int64_t head_dim, AttentionWork& work) {
   for_each_row(rows, team.share(rows.n), [&](const Segment&, int64_t row, int64_t position) {
     for (int64_t j = 0; j < head_dim / 2; ++j) {
       // In float32, as the models were trained: the rounding shows at large positions.
@@ -104,9 +101,8 @@ Range share_v(const Team& team, const AttentionShape& shape, CacheType type) {
   return {heads.begin * panels, heads.end * panels};
 }
 
-void rotate_and_append(Range heads, Range v_panels, const Rows& rows, const AttentionShape& shape,
-                       const float* q_norm, const float* k_norm, float eps, const KvCache& cache,
-                       int64_t layer, AttentionWork& work) {
+void rotate_and_append(Range heads, Range v_panels, const Rows& rows, const AttentionShape& shape, const float* q_norm,
+                       const float* k_norm, float eps, const KvCache& cache, int64_t layer, AttentionWork& work) {
   const int64_t head_dim = shape.head_dim;
   const auto rotated = [&](float* head, const float* norm, int64_t row) {
     if (norm != nullptr) kernels().rms_norm(head, norm, eps, head_dim, head);
@@ -119,21 +115,19 @@ void rotate_and_append(Range heads, Range v_panels, const Rows& rows, const Atte
     float* k = work.k + row * shape.kv_size();
     const float* v = work.v + row * shape.kv_size();
     int64_t head = heads.begin;
-    for (; head < heads.end && head < shape.n_heads; ++head)
-      rotated(q + head * head_dim, q_norm, row);
+    for (; head < heads.end && head < shape.n_heads; ++head) rotated(q + head * head_dim, q_norm, row);
     for (; head < heads.end; ++head) {
       const int64_t kv_head = head - shape.n_heads;
       write_cache(rotated(k + kv_head * head_dim, k_norm, row), head_dim, cache,
                   cache.head(layer, 0, segment.sequence, kv_head), position, 0);
     }
     for (int64_t at = v_panels.begin * kPanelRows; at < v_panels.end * kPanelRows; at += step)
-      write_cache(v + at, step, cache, cache.head(layer, 1, segment.sequence, at / head_dim),
-                  position, at % head_dim);
+      write_cache(v + at, step, cache, cache.head(layer, 1, segment.sequence, at / head_dim), position, at % head_dim);
   });
 }
 
-void attend_splits(const Team& team, const Rows& rows, const AttentionShape& shape,
-                   const KvCache& cache, int64_t layer, AttentionWork& work, float* tile) {
+void attend_splits(const Team& team, const Rows& rows, const AttentionShape& shape, const KvCache& cache, int64_t layer,
+                   AttentionWork& work, float* tile) {
   const Kernels& isa = kernels();
   const int64_t group = shape.n_heads / shape.n_kv_heads;
   int64_t tasks = 0;
@@ -185,13 +179,12 @@ void attend_splits(const Team& team, const Rows& rows, const AttentionShape& sha
   isa.attend(task);
 }
 
-void combine_row(const AttentionShape& shape, const AttentionWork& work, int64_t row,
-                 int64_t position, float* out) {
+void combine_row(const AttentionShape& shape, const AttentionWork& work, int64_t row, int64_t position, float* out) {
   const Kernels& isa = kernels();
   for (int64_t head = 0; head < shape.n_heads; ++head) {
     const int64_t at = (row * shape.n_heads + head) * kSplits;
-    isa.combine_splits(work.weighted + at * shape.head_dim, work.total + at, work.maximum + at,
-                       splits_of(position + 1), shape.head_dim, out + head * shape.head_dim);
+    isa.combine_splits(work.weighted + at * shape.head_dim, work.total + at, work.maximum + at, splits_of(position + 1),
+                       shape.head_dim, out + head * shape.head_dim);
   }
 }
 
@@ -203,8 +196,7 @@ struct DecodeAttentionWork {
   Rows rows;
   float* tiles;  // [threads, attend_tile_floats()]
 
-  void take(Arena& arena, int64_t batch, int64_t n_rows, const AttentionShape& shape,
-            int n_threads) {
+  void take(Arena& arena, int64_t batch, int64_t n_rows, const AttentionShape& shape, int n_threads) {
     attention.take(arena, batch * n_rows, shape, shape);
     rows.segments = arena.take<Segment>(batch);
     tiles = arena.take<float>(n_threads * attend_tile_floats(batch * n_rows, shape));
@@ -212,21 +204,18 @@ struct DecodeAttentionWork {
 };
 
 // attention_decode on one thread of the team.
-void run(const Team& team, const AttentionParams& params, const AttentionShape& shape,
-         DecodeAttentionWork& work) {
+void run(const Team& team, const AttentionParams& params, const AttentionShape& shape, DecodeAttentionWork& work) {
   const Range share = team.share(work.rows.n);
   const auto copy = [share](float* to, const float* from, int64_t size) {
-    std::memcpy(to + share.begin * size, from + share.begin * size,
-                (share.end - share.begin) * size * sizeof(float));
+    std::memcpy(to + share.begin * size, from + share.begin * size, (share.end - share.begin) * size * sizeof(float));
   };
   copy(work.attention.q, params.q, shape.q_size());
   copy(work.attention.k, params.k, shape.kv_size());
   copy(work.attention.v, params.v, shape.kv_size());
   rope_tables(team, work.rows, params.inv_freq, params.head_dim, work.attention);
   team.barrier(Phase::leader);
-  rotate_and_append(team.share(shape.n_heads + shape.n_kv_heads),
-                    share_v(team, shape, params.cache.type), work.rows, shape, params.q_norm,
-                    params.k_norm, params.eps, params.cache, 0, work.attention);
+  rotate_and_append(team.share(shape.n_heads + shape.n_kv_heads), share_v(team, shape, params.cache.type), work.rows,
+                    shape, params.q_norm, params.k_norm, params.eps, params.cache, 0, work.attention);
   team.barrier(Phase::qkv);
   attend_splits(team, work.rows, shape, params.cache, 0, work.attention,
                 work.tiles + team.thread * attend_tile_floats(work.rows.n, shape));
@@ -238,8 +227,8 @@ void run(const Team& team, const AttentionParams& params, const AttentionShape& 
 
 }  // namespace
 
-int64_t attention_scratch_bytes(int64_t batch, int64_t n_rows, int64_t n_heads, int64_t n_kv_heads,
-                                int64_t head_dim, int n_threads) {
+int64_t attention_scratch_bytes(int64_t batch, int64_t n_rows, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
+                                int n_threads) {
   Arena arena(nullptr);
   DecodeAttentionWork work;
   work.take(arena, batch, n_rows, {n_heads, n_kv_heads, head_dim}, n_threads);

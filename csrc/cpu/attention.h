@@ -34,8 +34,7 @@ struct AttentionWork {
 };
 
 // work.cos and work.sin: of position * inv_freq for each row.
-void rope_tables(const Team& team, const Rows& rows, const float* inv_freq, int64_t head_dim,
-                 AttentionWork& work);
+void rope_tables(const Team& team, const Rows& rows, const float* inv_freq, int64_t head_dim, AttentionWork& work);
 
 // This thread's panels of v. For an 8-bit cache they are whole heads, because a head's row has one scale.
 Range share_v(const Team& team, const AttentionShape& shape, CacheType type);
@@ -43,16 +42,14 @@ Range share_v(const Team& team, const AttentionShape& shape, CacheType type);
 // Normalises (unless the norm is null) and rotates q and k of these heads (those of k are numbered after those of
 // q), and writes their k, and these panels of v, to the cache. A thread passes the heads and panels that it computed
 // itself, so no barrier comes before.
-void rotate_and_append(Range heads, Range v_panels, const Rows& rows, const AttentionShape& shape,
-                       const float* q_norm, const float* k_norm, float eps, const KvCache& cache,
-                       int64_t layer, AttentionWork& work);
+void rotate_and_append(Range heads, Range v_panels, const Rows& rows, const AttentionShape& shape, const float* q_norm,
+                       const float* k_norm, float eps, const KvCache& cache, int64_t layer, AttentionWork& work);
 
 // Fills weighted, total and maximum. tile: scratch of this thread, attend_tile_floats().
-void attend_splits(const Team& team, const Rows& rows, const AttentionShape& shape,
-                   const KvCache& cache, int64_t layer, AttentionWork& work, float* tile);
+void attend_splits(const Team& team, const Rows& rows, const AttentionShape& shape, const KvCache& cache, int64_t layer,
+                   AttentionWork& work, float* tile);
 
 // Combines the splits of one row at `position`. out: [n_heads, head_dim].
-void combine_row(const AttentionShape& shape, const AttentionWork& work, int64_t row,
-                 int64_t position, float* out);
+void combine_row(const AttentionShape& shape, const AttentionWork& work, int64_t row, int64_t position, float* out);
 
 }  // namespace recycle

@@ -99,11 +99,9 @@ class Step {
     const Range share = team_.share(work_.rows.n);
     for (int64_t row = share.begin; row < share.end; ++row)
       unpack_row(base.embedding, work_.tokens[row], work_.forward.x + row * hidden);
-    rope_tables(team_, work_.rows, base.stack.inv_freq, base.stack.head_dim,
-                work_.forward.attention);
+    rope_tables(team_, work_.rows, base.stack.inv_freq, base.stack.head_dim, work_.forward.attention);
     team_.barrier(Phase::leader);
-    forward(team_, base.stack, state_.base_cache, work_.rows, first_weights(team_, base.head),
-            work_.forward);
+    forward(team_, base.stack, state_.base_cache, work_.rows, first_weights(team_, base.head), work_.forward);
     for (int64_t row = share.begin; row < share.end; ++row)
       kernels().rms_norm(work_.forward.x + row * hidden, base.final_norm, base.stack.eps, hidden,
                          work_.hidden + row * hidden);
@@ -114,21 +112,17 @@ class Step {
   void run_module(const float* hidden_states) {
     team_.in_module = true;
     const Module& module = model_.module;
-    for_each_row(work_.rows, team_.share(work_.rows.n),
-                 [&](const Segment&, int64_t row, int64_t position) {
-                   write_module_input(row, position, hidden_states);
-                 });
-    rope_tables(team_, work_.rows, module.stack.inv_freq, module.stack.head_dim,
-                work_.forward.attention);
+    for_each_row(work_.rows, team_.share(work_.rows.n), [&](const Segment&, int64_t row, int64_t position) {
+      write_module_input(row, position, hidden_states);
+    });
+    rope_tables(team_, work_.rows, module.stack.inv_freq, module.stack.head_dim, work_.forward.attention);
     team_.barrier(Phase::leader);
     const Matrix& matrix = module.input_proj;
     linear_bias(matrix, module.input_bias, team_.share(n_panels(matrix.n)),
-                scratch_.activations(work_.module_input, work_.rows.n, matrix.k, {matrix.format}),
-                work_.rows.n, scratch_,
-                first_weights(team_, module.stack, state_.module_cache.type), work_.forward.x);
+                scratch_.activations(work_.module_input, work_.rows.n, matrix.k, {matrix.format}), work_.rows.n,
+                scratch_, first_weights(team_, module.stack, state_.module_cache.type), work_.forward.x);
     team_.barrier(Phase::input_proj);
-    forward(team_, module.stack, state_.module_cache, work_.rows, first_weights(team_, module.head),
-            work_.forward);
+    forward(team_, module.stack, state_.module_cache, work_.rows, first_weights(team_, module.head), work_.forward);
     team_.in_module = false;
   }
 
@@ -145,24 +139,19 @@ class Step {
       unpack_row(model_.base.embedding, work_.tokens[row], embedding);
     std::memcpy(state, hidden_states + work_.source[row] * hidden, hidden * sizeof(float));
     const float eps = module.stack.eps;
-    if (module.embed_norm != nullptr)
-      kernels().rms_norm(embedding, module.embed_norm, eps, hidden, embedding);
-    if (module.hidden_norm != nullptr)
-      kernels().rms_norm(state, module.hidden_norm, eps, hidden, state);
+    if (module.embed_norm != nullptr) kernels().rms_norm(embedding, module.embed_norm, eps, hidden, embedding);
+    if (module.hidden_norm != nullptr) kernels().rms_norm(state, module.hidden_norm, eps, hidden, state);
   }
 
   // What this thread reads first in run_base() and run_module().
-  const std::byte* first_of_base() const {
-    return first_weights(team_, model_.base.stack, state_.base_cache.type);
-  }
+  const std::byte* first_of_base() const { return first_weights(team_, model_.base.stack, state_.base_cache.type); }
   const std::byte* first_of_module() const {
     const Matrix& matrix = model_.module.input_proj;
     return matrix.panel(team_.share(n_panels(matrix.n)).begin);
   }
 
   void run_base_head(int64_t count, const std::byte* next) {
-    run_head(team_, model_.base.head, {work_.hidden, count, work_.source}, state_.sampling,
-             scratch_, next, work_.head);
+    run_head(team_, model_.base.head, {work_.hidden, count, work_.source}, state_.sampling, scratch_, next, work_.head);
     team_.barrier(Phase::select);
   }
 
@@ -176,10 +165,8 @@ class Step {
       team_.in_module = true;
       const bool is_last = draft + 1 == state_.num_draft_tokens;
       run_head(team_, module.head,
-               {work_.forward.x, work_.rows.n_segments, work_.source, module.output_norm,
-                module.stack.eps},
-               state_.sampling, scratch_, is_last ? first_of_base() : first_of_module(),
-               work_.head);
+               {work_.forward.x, work_.rows.n_segments, work_.source, module.output_norm, module.stack.eps},
+               state_.sampling, scratch_, is_last ? first_of_base() : first_of_module(), work_.head);
       team_.barrier(Phase::select);
       team_.in_module = false;
       decide([&] { selector_.take_draft(draft); });
@@ -200,16 +187,14 @@ template <class Body>
 Status run_step(const DecodeState& state, const Body& body) {
   DecodeWork work;
   Arena arena(state.scratch);
-  work.take(arena, *state.model, state.batch, state.num_draft_tokens, state.sampling.greedy(),
-            n_threads());
+  work.take(arena, *state.model, state.batch, state.num_draft_tokens, state.sampling.greedy(), n_threads());
   parallel([&](const Team& team) { body(Step(team, state, work)); });
   return work.status;
 }
 
 }  // namespace
 
-int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t num_draft_tokens,
-                             bool greedy, int n_threads) {
+int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t num_draft_tokens, bool greedy, int n_threads) {
   Arena arena(nullptr);
   DecodeWork work;
   work.take(arena, model, batch, num_draft_tokens, greedy, n_threads);
@@ -220,8 +205,7 @@ Status decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts) {
   return run_step(state, [&](Step step) { step.decode(tokens, counts); });
 }
 
-Status prefill(const DecodeState& state, int64_t sequence, const int64_t* prompt,
-               int64_t n_prompt) {
+Status prefill(const DecodeState& state, int64_t sequence, const int64_t* prompt, int64_t n_prompt) {
   return run_step(state, [&](Step step) { step.prefill(sequence, prompt, n_prompt); });
 }
 

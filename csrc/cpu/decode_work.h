@@ -25,8 +25,7 @@ struct DecodeWork {
   int64_t* skipped;  // [batch] positions that only the base model has, after this step
   Status status;
 
-  void take(Arena& arena, const Model& model, int64_t batch, int64_t num_draft_tokens, bool greedy,
-            int n_threads) {
+  void take(Arena& arena, const Model& model, int64_t batch, int64_t num_draft_tokens, bool greedy, int n_threads) {
     const Stack& base = model.base.stack;
     const Stack& module = model.has_module ? model.module.stack : base;
     const int64_t head_rows = batch * (num_draft_tokens + 1);

@@ -75,19 +75,18 @@ struct Kernels {
 
   // out[r][0..16 panels) = rows of `panels` panels from `panel` on, times x[r]. out: [rows, kTileRows].
   // next: the weights that the calling thread reads next, to prefetch.
-  void (*gemm)(const Matrix& matrix, int64_t panel, int64_t panels, const Activations& x,
-               int64_t rows, const std::byte* next, float* out);
+  void (*gemm)(const Matrix& matrix, int64_t panel, int64_t panels, const Activations& x, int64_t rows,
+               const std::byte* next, float* out);
   // Fills the other arrays of Activations from x [n]. n: a multiple of 32.
-  void (*quantise)(const float* x, int64_t n, int32_t* quants, float* scales, float* sums,
-                   int32_t* minus_sums);
+  void (*quantise)(const float* x, int64_t n, int32_t* quants, float* scales, float* sums, int32_t* minus_sums);
   // out = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019). n: a multiple of 16. out may be x.
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
   // out = gate * sigmoid(gate) * up (Shazeer 2020). n: a multiple of 16.
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
   void (*attend)(const AttendTask& task);
   // out = sum over splits of exp(maximum - max) * weighted, divided by the same sum of totals; max: of all splits.
-  void (*combine_splits)(const float* weighted, const float* total, const float* maximum,
-                         int64_t n_splits, int64_t head_dim, float* out);
+  void (*combine_splits)(const float* weighted, const float* total, const float* maximum, int64_t n_splits,
+                         int64_t head_dim, float* out);
   // Updates the running argmax with values [n] of the ids first_id, first_id + 1, ... first_id, and every n but the
   // last, are multiples of 16.
   void (*argmax)(const float* values, int64_t n, int64_t first_id, ArgMax* best);

@@ -74,8 +74,7 @@ int64_t combine_argmax(const HeadWork& work, int n_threads, int64_t row) {
 
 }  // namespace
 
-void HeadWork::take(Arena& arena, int64_t rows, int64_t n, bool greedy, bool with_log_probs,
-                    int n_threads) {
+void HeadWork::take(Arena& arena, int64_t rows, int64_t n, bool greedy, bool with_log_probs, int n_threads) {
   max_rows = rows;
   max_n = n;
   log_probs = with_log_probs;
@@ -87,9 +86,8 @@ void HeadWork::take(Arena& arena, int64_t rows, int64_t n, bool greedy, bool wit
   tokens = arena.take<int64_t>(rows);
 }
 
-void run_head(const Team& team, const Matrix& head, const HeadInput& input,
-              const Sampling& sampling, const ThreadScratch& scratch, const std::byte* next,
-              HeadWork& work) {
+void run_head(const Team& team, const Matrix& head, const HeadInput& input, const Sampling& sampling,
+              const ThreadScratch& scratch, const std::byte* next, HeadWork& work) {
   for (int64_t row = 0; row < input.n_rows; ++row) {
     const float* x = input.x + (input.source != nullptr ? input.source[row] : row) * head.k;
     float* to = scratch.input + row * head.k;
@@ -122,8 +120,7 @@ struct RecycleHeadWork {
   HeadWork head;
   ThreadScratch threads[kMaxThreads];
 
-  void take(Arena& arena, int64_t n_rows, int64_t hidden, int64_t n_vocab, bool greedy,
-            int n_threads) {
+  void take(Arena& arena, int64_t n_rows, int64_t hidden, int64_t n_vocab, bool greedy, int n_threads) {
     head.take(arena, n_rows, n_vocab, greedy, true, n_threads);
     for (int t = 0; t < n_threads; ++t) threads[t].take(arena, n_rows, hidden);
   }
@@ -136,8 +133,7 @@ float greedy_log_prob(const HeadWork& work, int64_t row) {
   float maximum = sums[0];
   for (int64_t t = 1; t < tiles; ++t) maximum = std::fmax(maximum, sums[t * 2]);
   double total = 0;
-  for (int64_t t = 0; t < tiles; ++t)
-    total += sums[t * 2 + 1] * std::exp(static_cast<double>(sums[t * 2]) - maximum);
+  for (int64_t t = 0; t < tiles; ++t) total += sums[t * 2 + 1] * std::exp(static_cast<double>(sums[t * 2]) - maximum);
   return static_cast<float>(0 - std::log(total));
 }
 
@@ -151,8 +147,7 @@ void write_result(const HeadParams& params, const HeadWork& work, int64_t row) {
   const int64_t n = params.head.n;
   const float* logits = work.logits_of(row);
   const float maximum = kernels().max_value(logits, n);
-  const double log_total =
-      maximum + std::log(static_cast<double>(kernels().exp_sum(logits, n, maximum, 1, nullptr)));
+  const double log_total = maximum + std::log(static_cast<double>(kernels().exp_sum(logits, n, maximum, 1, nullptr)));
   const float u = uniform(static_cast<uint64_t>(params.sampling.seeds[row]),
                           static_cast<uint64_t>(params.positions[row]), Stream::sample);
   params.tokens[row] = draw(work.probs_of(row), n, u);
@@ -161,8 +156,7 @@ void write_result(const HeadParams& params, const HeadWork& work, int64_t row) {
 
 }  // namespace
 
-int64_t head_scratch_bytes(int64_t n_rows, int64_t hidden, int64_t n_vocab, bool greedy,
-                           int n_threads) {
+int64_t head_scratch_bytes(int64_t n_rows, int64_t hidden, int64_t n_vocab, bool greedy, int n_threads) {
   Arena arena(nullptr);
   RecycleHeadWork work;
   work.take(arena, n_rows, hidden, n_vocab, greedy, n_threads);
@@ -172,12 +166,10 @@ int64_t head_scratch_bytes(int64_t n_rows, int64_t hidden, int64_t n_vocab, bool
 Status recycle_head(const HeadParams& params) {
   RecycleHeadWork work;
   Arena arena(params.scratch);
-  work.take(arena, params.n_rows, params.hidden, params.head.n, params.sampling.greedy(),
-            n_threads());
+  work.take(arena, params.n_rows, params.hidden, params.head.n, params.sampling.greedy(), n_threads());
   parallel([&](const Team& team) {
-    run_head(team, params.head, {params.x, params.n_rows, nullptr, params.norm, params.eps},
-             params.sampling, work.threads[team.thread], first_weights(team, params.head),
-             work.head);
+    run_head(team, params.head, {params.x, params.n_rows, nullptr, params.norm, params.eps}, params.sampling,
+             work.threads[team.thread], first_weights(team, params.head), work.head);
     const Range share = team.share(params.n_rows);
     for (int64_t row = share.begin; row < share.end; ++row) write_result(params, work.head, row);
   });

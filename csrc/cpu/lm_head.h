@@ -39,9 +39,8 @@ struct HeadInput {
 // Fills work.tokens; if sampled, work.logits and work.probs; if greedy with log-probabilities, work.tile_sums. All
 // threads call it. A thread sees the results of its share of the rows, and after a barrier those of the others.
 // next: what this thread reads next.
-void run_head(const Team& team, const Matrix& head, const HeadInput& input,
-              const Sampling& sampling, const ThreadScratch& scratch, const std::byte* next,
-              HeadWork& work);
+void run_head(const Team& team, const Matrix& head, const HeadInput& input, const Sampling& sampling,
+              const ThreadScratch& scratch, const std::byte* next, HeadWork& work);
 
 // What this thread reads first in run_head().
 const std::byte* first_weights(const Team& team, const Matrix& head);

@@ -41,20 +41,16 @@ void pack_row(const std::byte* row, int64_t k, int64_t lane, std::byte* panel) {
     constexpr int64_t bytes = row_bytes(format, 1);
     for (int64_t block = 0; block < k / size; ++block)
       for (int64_t i = 0; i < size; ++i)
-        std::memcpy(panel + weight_at(format, lane, block, i), row + (block * size + i) * bytes,
-                    bytes);
+        std::memcpy(panel + weight_at(format, lane, block, i), row + (block * size + i) * bytes, bytes);
     return;
   }
   constexpr int64_t halves = format == Format::q4_1 ? 2 : 1;
   for (int64_t block = 0; block < k / kBlock; ++block) {
     const std::byte* source = row + block * row_bytes(format, kBlock);
     for (int64_t half = 0; half < halves; ++half)
-      std::memcpy(panel + scales_at(format, block) + (half * kPanelRows + lane) * 2,
-                  source + 2 * half, 2);
+      std::memcpy(panel + scales_at(format, block) + (half * kPanelRows + lane) * 2, source + 2 * half, 2);
     const std::byte* quants = source + 2 * halves;
-    const auto nibble = [quants](int64_t i) {
-      return i < 16 ? quants[i] & std::byte{15} : quants[i - 16] >> 4;
-    };
+    const auto nibble = [quants](int64_t i) { return i < 16 ? quants[i] & std::byte{15} : quants[i - 16] >> 4; };
     if constexpr (format == Format::q8_0) {
       for (int64_t i = 0; i < kBlock; ++i)
         panel[weight_at(format, lane, block, i)] = quants[i] ^ std::byte{128};  // + 128
@@ -68,8 +64,8 @@ void pack_row(const std::byte* row, int64_t k, int64_t lane, std::byte* panel) {
 
 }  // namespace
 
-void pack_rows(Format format, int64_t k, int64_t row_begin, int64_t rows,
-               const std::byte* rows_data, std::byte* packed) {
+void pack_rows(Format format, int64_t k, int64_t row_begin, int64_t rows, const std::byte* rows_data,
+               std::byte* packed) {
   const int64_t bytes = panel_bytes(format, k);
   for (int64_t row = 0; row < rows; ++row) {
     const std::byte* source = rows_data + row * row_bytes(format, k);
@@ -86,8 +82,7 @@ void unpack_row(const Matrix& matrix, int64_t row, float* out) {
   with_format(matrix.format, [&]<Format f>() {
     constexpr int64_t size = k_multiple(f);
     for (int64_t block = 0; block < matrix.k / size; ++block)
-      for (int64_t i = 0; i < size; ++i)
-        out[block * size + i] = read_weight(f, panel, lane, block, i);
+      for (int64_t i = 0; i < size; ++i) out[block * size + i] = read_weight(f, panel, lane, block, i);
   });
 }
 

@@ -24,9 +24,8 @@ void keep_nucleus(float top_p, float* probs, int64_t n, int32_t* order) {
   int64_t candidates = 0;
   for (int64_t i = 0; i < n; ++i)
     if (probs[i] > threshold) order[candidates++] = static_cast<int32_t>(i);
-  std::sort(order, order + candidates, [probs](int32_t a, int32_t b) {
-    return probs[a] != probs[b] ? probs[a] > probs[b] : a < b;
-  });
+  std::sort(order, order + candidates,
+            [probs](int32_t a, int32_t b) { return probs[a] != probs[b] ? probs[a] > probs[b] : a < b; });
   double sum = 0;
   int64_t size = 0;  // of the nucleus
   while (size < candidates && (size == 0 || sum < top_p)) sum += probs[order[size++]];
@@ -42,8 +41,7 @@ void keep_nucleus(float top_p, float* probs, int64_t n, int32_t* order) {
 
 }  // namespace
 
-bool to_distribution(const Sampling& sampling, const float* logits, int64_t n, float* probs,
-                     int32_t* order) {
+bool to_distribution(const Sampling& sampling, const float* logits, int64_t n, float* probs, int32_t* order) {
   const Kernels& isa = kernels();
   float nonfinite = 0;
   for (int64_t i = 0; i < n; ++i) nonfinite += logits[i] * 0.0f;

@@ -16,8 +16,7 @@ namespace recycle {
 
 class Selector {
  public:
-  Selector(const DecodeState& state, DecodeWork& work)
-      : state_(state), model_(*state.model), work_(work) {}
+  Selector(const DecodeState& state, DecodeWork& work) : state_(state), model_(*state.model), work_(work) {}
 
   // Any thread may call these two.
   bool failed() const { return work_.status.code != StatusCode::ok; }
@@ -42,8 +41,7 @@ class Selector {
   // The rows of the base model's head.
   void select_head_rows() {
     for (int64_t row = 0; row < n_head_rows(); ++row)
-      work_.source[row] =
-          verifies() ? row : row * state_.rows_per_sequence() + state_.num_draft_tokens;
+      work_.source[row] = verifies() ? row : row * state_.rows_per_sequence() + state_.num_draft_tokens;
   }
 
   // How far each sequence grows, and the rows that the module reads.
@@ -104,12 +102,11 @@ class Selector {
         work_.status = {StatusCode::nonfinite, segment.sequence, position};
         return;
       }
-      const int64_t token = draft_token(
-          token_of(s, model_.module.head.n, segment.sequence, position + 2, Stream::draft));
+      const int64_t token =
+          draft_token(token_of(s, model_.module.head.n, segment.sequence, position + 2, Stream::draft));
       work_.pending[segment.sequence * state_.rows_per_sequence() + draft + 1] = token;
       if (!state_.sampling.greedy() && verifies())
-        std::copy_n(work_.head.probs_of(s), model_.module.head.n,
-                    draft_probs(segment.sequence, draft));
+        std::copy_n(work_.head.probs_of(s), model_.module.head.n, draft_probs(segment.sequence, draft));
       // The next row takes the module's output at work.source[s] in place of a hidden state.
       work_.tokens[s] = token;
       work_.rows.segments[s] = {segment.sequence, module_position + 1, s, 1};
@@ -144,16 +141,14 @@ class Selector {
                            [&](int64_t j) { return work_.head.tokens[first + j]; });
     for (int64_t j = 0; j < k; ++j) {
       const int64_t position = segment.position + j + 1;
-      if (!accepts(first + j, sequence, j, position))
-        return {j, resample(first + j, sequence, j, position)};
+      if (!accepts(first + j, sequence, j, position)) return {j, resample(first + j, sequence, j, position)};
     }
     return last(first + k);
   }
 
   bool accepts(int64_t row, int64_t sequence, int64_t draft, int64_t position) const {
     const int64_t token = state_.pending[sequence * state_.rows_per_sequence() + draft + 1];
-    return accepts_draft(random(sequence, position, Stream::accept),
-                         work_.head.probs_of(row)[token],
+    return accepts_draft(random(sequence, position, Stream::accept), work_.head.probs_of(row)[token],
                          draft_probs(sequence, draft)[draft_index(token)]);
   }
 
@@ -173,23 +168,20 @@ class Selector {
     for (int64_t row = 0; row < count; ++row) {
       if (work_.head.tokens[row] >= 0) continue;
       const Segment& segment = work_.rows.segments[row / rows_per_sequence];
-      work_.status = {StatusCode::nonfinite, segment.sequence,
-                      segment.position + offset + row % rows_per_sequence};
+      work_.status = {StatusCode::nonfinite, segment.sequence, segment.position + offset + row % rows_per_sequence};
       return false;
     }
     return true;
   }
 
   // The token that a head over n tokens gives for `row`: its argmax, or a draw.
-  int64_t token_of(int64_t row, int64_t n, int64_t sequence, int64_t position,
-                   Stream stream) const {
+  int64_t token_of(int64_t row, int64_t n, int64_t sequence, int64_t position, Stream stream) const {
     if (state_.sampling.greedy()) return work_.head.tokens[row];
     return draw(work_.head.probs_of(row), n, random(sequence, position, stream));
   }
 
   float random(int64_t sequence, int64_t position, Stream stream) const {
-    return uniform(static_cast<uint64_t>(state_.sampling.seeds[sequence]),
-                   static_cast<uint64_t>(position), stream);
+    return uniform(static_cast<uint64_t>(state_.sampling.seeds[sequence]), static_cast<uint64_t>(position), stream);
   }
 
   float* draft_probs(int64_t sequence, int64_t draft) const {

@@ -64,9 +64,7 @@ class ThreadProfile {
     ++time.count;
   }
   void resume(Phase phase, bool is_module) { of(phase, is_module).wait += lap(); }
-  PhaseTime& of(Phase phase, bool is_module) {
-    return times_[is_module ? 1 : 0][static_cast<int>(phase)];
-  }
+  PhaseTime& of(Phase phase, bool is_module) { return times_[is_module ? 1 : 0][static_cast<int>(phase)]; }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -97,8 +95,7 @@ class Barrier {
       return;
     }
     // atomic::wait() may return early.
-    while (generation_.load(std::memory_order_acquire) == generation)
-      await_change(generation_, generation, spin_);
+    while (generation_.load(std::memory_order_acquire) == generation) await_change(generation_, generation, spin_);
   }
 
  private:
@@ -156,8 +153,7 @@ class Pool {
   explicit Pool(int n_threads) : n_threads_(n_threads) {
     spin_ = n_threads <= available_cores() ? kBarrierSpin : 0;
     barrier_.reset(n_threads, spin_);
-    for (int thread = 1; thread < n_threads; ++thread)
-      workers_.emplace_back([this, thread] { work(thread); });
+    for (int thread = 1; thread < n_threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
   }
 
   ~Pool() {
@@ -182,8 +178,7 @@ class Pool {
   void work(int thread) {
     uint32_t seen = 0;
     while (true) {
-      while (start_.load(std::memory_order_acquire) == seen)
-        await_change(start_, seen, spin_ > 0 ? kIdleSpin : 0);
+      while (start_.load(std::memory_order_acquire) == seen) await_change(start_, seen, spin_ > 0 ? kIdleSpin : 0);
       ++seen;
       if (stop_) return;
       function_(Team{thread, n_threads_, &barrier_, profile_of(thread)}, context_);

@@ -27,9 +27,8 @@ void ForwardWork::take(Arena& arena, int64_t rows, const Stack& a, const Stack& 
   for (int t = 0; t < n_threads; ++t) {
     threads[t].take(arena, rows, widest);
     threads[t].tile2 = arena.take<float>(rows * kTileRows);
-    threads[t].attend_tile =
-        arena.take<float>(std::max(attend_tile_floats(rows, attention_shape(a)),
-                                   attend_tile_floats(rows, attention_shape(b))));
+    threads[t].attend_tile = arena.take<float>(
+        std::max(attend_tile_floats(rows, attention_shape(a)), attend_tile_floats(rows, attention_shape(b))));
   }
 }
 
@@ -64,16 +63,13 @@ struct QkvShare {
     k = {heads.begin * panels - q.begin, heads.end * panels - q.end};
   }
   const std::byte* first(const Layer& layer) const {
-    return q.begin < q.end   ? layer.q.panel(q.begin)
-           : k.begin < k.end ? layer.k.panel(k.begin)
-                             : layer.v.panel(v.begin);
+    return q.begin < q.end ? layer.q.panel(q.begin) : k.begin < k.end ? layer.k.panel(k.begin) : layer.v.panel(v.begin);
   }
 };
 
 class LayerPass {
  public:
-  LayerPass(const Team& team, const Stack& stack, const KvCache& cache, const Rows& rows,
-            ForwardWork& work)
+  LayerPass(const Team& team, const Stack& stack, const KvCache& cache, const Rows& rows, ForwardWork& work)
       : team_(team),
         stack_(stack),
         shape_(attention_shape(stack)),
@@ -103,9 +99,7 @@ class LayerPass {
 
  private:
   // The first weights of this thread's share of a matrix.
-  const std::byte* first_of(const Matrix& matrix) const {
-    return matrix.panel(team_.share(n_panels(matrix.n)).begin);
-  }
+  const std::byte* first_of(const Matrix& matrix) const { return matrix.panel(team_.share(n_panels(matrix.n)).begin); }
 
   // scratch.input = norm of the residual stream
   void rms_norm(const float* weight) {
@@ -123,19 +117,18 @@ class LayerPass {
 
   void run_qkv(const Layer& layer, int64_t index) {
     rms_norm(layer.input_norm);
-    const Activations x = scratch_.activations(scratch_.input, rows_.n, stack_.hidden,
-                                               {layer.q.format, layer.k.format, layer.v.format});
+    const Activations x =
+        scratch_.activations(scratch_.input, rows_.n, stack_.hidden, {layer.q.format, layer.k.format, layer.v.format});
     const std::byte* v = layer.v.panel(qkv_.v.begin);
     const std::byte* k = qkv_.k.begin < qkv_.k.end ? layer.k.panel(qkv_.k.begin) : v;
-    const auto run = [&](const Matrix& matrix, const float* bias, Range panels,
-                         const std::byte* next, float* out) {
+    const auto run = [&](const Matrix& matrix, const float* bias, Range panels, const std::byte* next, float* out) {
       linear_bias(matrix, bias, panels, x, rows_.n, scratch_, next, out);
     };
     run(layer.q, layer.q_bias, qkv_.q, k, work_.attention.q);
     run(layer.k, layer.k_bias, qkv_.k, v, work_.attention.k);
     run(layer.v, layer.v_bias, qkv_.v, first_of(layer.o), work_.attention.v);
-    rotate_and_append(qkv_.heads, qkv_.v, rows_, shape_, layer.q_norm, layer.k_norm, stack_.eps,
-                      cache_, index, work_.attention);
+    rotate_and_append(qkv_.heads, qkv_.v, rows_, shape_, layer.q_norm, layer.k_norm, stack_.eps, cache_, index,
+                      work_.attention);
   }
 
   void combine() {
@@ -146,9 +139,8 @@ class LayerPass {
 
   // Residual stream += matrix x
   void add_linear(const Matrix& matrix, const float* x, const std::byte* next) {
-    linear(matrix, team_.share(n_panels(matrix.n)),
-           scratch_.activations(x, rows_.n, matrix.k, {matrix.format}), rows_.n, scratch_, next,
-           [&](int64_t row, int64_t n, int64_t count, const float* values) {
+    linear(matrix, team_.share(n_panels(matrix.n)), scratch_.activations(x, rows_.n, matrix.k, {matrix.format}),
+           rows_.n, scratch_, next, [&](int64_t row, int64_t n, int64_t count, const float* values) {
              float* to = work_.x + row * stack_.hidden + n;
              for (int64_t i = 0; i < count; ++i) to[i] += values[i];
            });
@@ -156,19 +148,17 @@ class LayerPass {
 
   void run_gate_up(const Layer& layer) {
     rms_norm(layer.post_norm);
-    const Activations x = scratch_.activations(scratch_.input, rows_.n, stack_.hidden,
-                                               {layer.gate.format, layer.up.format});
+    const Activations x =
+        scratch_.activations(scratch_.input, rows_.n, stack_.hidden, {layer.gate.format, layer.up.format});
     const Range range = team_.share(n_panels(layer.gate.n));
     for (int64_t panel = range.begin; panel < range.end; panel += kTilePanels) {
       const int64_t left = range.end - panel;
       const int64_t count = left < kTilePanels ? left : kTilePanels;
       kernels().gemm(layer.gate, panel, count, x, rows_.n, layer.up.panel(panel), scratch_.tile);
       kernels().gemm(layer.up, panel, count, x, rows_.n,
-                     count == left ? first_of(layer.down) : layer.gate.panel(panel + count),
-                     scratch_.tile2);
+                     count == left ? first_of(layer.down) : layer.gate.panel(panel + count), scratch_.tile2);
       for (int64_t row = 0; row < rows_.n; ++row)
-        kernels().swiglu(scratch_.tile + row * kTileRows, scratch_.tile2 + row * kTileRows,
-                         count * kPanelRows,
+        kernels().swiglu(scratch_.tile + row * kTileRows, scratch_.tile2 + row * kTileRows, count * kPanelRows,
                          work_.activation + row * stack_.intermediate + panel * kPanelRows);
     }
   }
@@ -185,8 +175,8 @@ class LayerPass {
 
 }  // namespace
 
-void forward(const Team& team, const Stack& stack, const KvCache& cache, const Rows& rows,
-             const std::byte* next, ForwardWork& work) {
+void forward(const Team& team, const Stack& stack, const KvCache& cache, const Rows& rows, const std::byte* next,
+             ForwardWork& work) {
   LayerPass pass(team, stack, cache, rows, work);
   for (int64_t layer = 0; layer < stack.n_layers; ++layer) pass.run(layer, next);
 }

@@ -63,8 +63,8 @@ constexpr int64_t tile_bytes(int64_t head_dim) {
 
 // RMSNorm (unless `norm` is null) and RoPE of one head, by one warp; put(i, value) takes each element.
 template <class Put>
-RECYCLE_DEVICE void norm_and_rotate(const float* head, const float* norm, float eps,
-                                    const float* inv_freq, int position, int head_dim, Put put) {
+RECYCLE_DEVICE void norm_and_rotate(const float* head, const float* norm, float eps, const float* inv_freq,
+                                    int position, int head_dim, Put put) {
   const int lane = threadIdx.x % kWarp;
   float scale = 1;
   if (norm != nullptr) {
@@ -148,8 +148,7 @@ class AttentionBlock {
   RECYCLE_DEVICE void load_queries() {
     for (int query = threadIdx.x / kWarp; query < n_queries_; query += kWarps) {
       const float* head = params_.buffers.q + query_index(query) * head_dim_;
-      norm_and_rotate(head, params_.q_norm, params_.eps, params_.inv_freq, base_ + query_row(query),
-                      head_dim_,
+      norm_and_rotate(head, params_.q_norm, params_.eps, params_.inv_freq, base_ + query_row(query), head_dim_,
                       [&](int i, float value) { queries_[query * head_dim_ + i] = value; });
     }
     if (threadIdx.x < kQueries) {
@@ -162,8 +161,7 @@ class AttentionBlock {
   // The head's keys (kv 0) or values (kv 1): [capacity, head_dim]
   RECYCLE_DEVICE T* cache(int kv) const {
     const KvCache& cache = params_.cache;
-    const int64_t index =
-        ((params_.layer * 2 + kv) * cache.n_sequences + sequence_) * cache.n_kv_heads + kv_head_;
+    const int64_t index = ((params_.layer * 2 + kv) * cache.n_sequences + sequence_) * cache.n_kv_heads + kv_head_;
     return reinterpret_cast<T*>(cache.data) + index * cache.capacity * head_dim_;
   }
 
@@ -184,8 +182,7 @@ class AttentionBlock {
   RECYCLE_DEVICE void load_tiles(int begin, int count) {
     const int vectors = head_dim_ / kVector<T>;
     const int cached = base_ - begin < count ? base_ - begin : count;
-    const T* from[2] = {cache(0) + begin * int64_t{head_dim_},
-                        cache(1) + begin * int64_t{head_dim_}};
+    const T* from[2] = {cache(0) + begin * int64_t{head_dim_}, cache(1) + begin * int64_t{head_dim_}};
 #pragma unroll 4
     for (int i = threadIdx.x; i < cached * vectors; i += kThreads) {
       const int row = i / vectors, column = i % vectors * kVector<T>;
@@ -206,13 +203,11 @@ class AttentionBlock {
       const int position = base_ + row;
       if (position < begin || position >= begin + count) continue;
       const int64_t from =
-          ((int64_t{sequence_} * params_.rows.rows_per_sequence + row) * params_.n_kv_heads +
-           kv_head_) *
-          head_dim_;
+          ((int64_t{sequence_} * params_.rows.rows_per_sequence + row) * params_.n_kv_heads + kv_head_) * head_dim_;
       const int64_t to = position * int64_t{head_dim_};
       const int64_t in_tile = (position - begin) * tile_stride<T>(head_dim_);
-      norm_and_rotate(params_.buffers.k + from, params_.k_norm, params_.eps, params_.inv_freq,
-                      position, head_dim_, [&](int i, float value) {
+      norm_and_rotate(params_.buffers.k + from, params_.k_norm, params_.eps, params_.inv_freq, position, head_dim_,
+                      [&](int i, float value) {
                         store(value, keys_ + in_tile + i);
                         if (stores) store(value, cache(0) + to + i);
                       });
@@ -359,8 +354,7 @@ class AttentionBlock {
       float value = 0;
 #pragma unroll 4
       for (int s = 0; s < splits; ++s)
-        value = fmaf(scores_[query * kSplits + s],
-                     buffers.split_out[split_index(s, index) * head_dim_ + d], value);
+        value = fmaf(scores_[query * kSplits + s], buffers.split_out[split_index(s, index) * head_dim_ + d], value);
       buffers.out[index * head_dim_ + d] = value / sum_[query];
     }
   }
@@ -393,11 +387,9 @@ int64_t attention_shared_bytes(CacheType type, int64_t head_dim) {
 
 void attention(Launcher& launcher, const AttentionKernelParams& params) {
   const int group = params.n_heads / params.n_kv_heads;
-  const dim3 grid(kSplits, params.n_kv_heads * params.rows.batch,
-                  query_tiles(params.rows.rows_per_sequence, group));
+  const dim3 grid(kSplits, params.n_kv_heads * params.rows.batch, query_tiles(params.rows.rows_per_sequence, group));
   const int64_t bytes = attention_shared_bytes(params.cache.type, params.head_dim);
-  const auto kernel =
-      params.cache.type == CacheType::f32 ? attention_kernel<float> : attention_kernel<uint16_t>;
+  const auto kernel = params.cache.type == CacheType::f32 ? attention_kernel<float> : attention_kernel<uint16_t>;
   launcher.run(kernel, grid, kThreads, bytes, params);
 }
 

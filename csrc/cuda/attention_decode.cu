@@ -70,8 +70,8 @@ bool attention_decode(const AttentionParams& params, const Device& device, void*
   const int batch = static_cast<int>(params.batch);
   const int n_rows = static_cast<int>(params.n_rows);
   launcher.run(positions_kernel, dim3(batch), kThreads, 0,
-               {params.lengths, n_rows, params.cache.capacity, params.n_heads * params.head_dim,
-                scratch.positions, params.out, scratch.buffers.blocks_done, scratch.n_counters});
+               {params.lengths, n_rows, params.cache.capacity, params.n_heads * params.head_dim, scratch.positions,
+                params.out, scratch.buffers.blocks_done, scratch.n_counters});
   AttentionKernelParams kernel;
   kernel.rows = {batch, n_rows, scratch.positions};
   kernel.n_heads = static_cast<int>(params.n_heads);

@@ -27,8 +27,7 @@ bool describe(int index, Device* device) {
     const auto query = [index](int* value, cudaDeviceAttr attribute) {
       return cudaDeviceGetAttribute(value, attribute, index) == cudaSuccess;
     };
-    if (!query(&multiprocessors, cudaDevAttrMultiProcessorCount) ||
-        !query(&major, cudaDevAttrComputeCapabilityMajor) ||
+    if (!query(&multiprocessors, cudaDevAttrMultiProcessorCount) || !query(&major, cudaDevAttrComputeCapabilityMajor) ||
         !query(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin) ||
         cudaFuncGetAttributes(&kernel, probe) != cudaSuccess)
       return false;

@@ -18,18 +18,15 @@ struct GateUpParams : GemvParams {
 
   int format() const { return common_format(gate, up); }
   RECYCLE_DEVICE Matrix matrix(int m, int64_t) const { return m == 0 ? gate : up; }
-  RECYCLE_DEVICE void epilogue(State&, int row, int64_t tile, int output,
-                               const float (&values)[2]) const {
+  RECYCLE_DEVICE void epilogue(State&, int row, int64_t tile, int output, const float (&values)[2]) const {
     out[row * gate.n + tile * kPanelRows + output] = values[0] / (1 + expf(-values[0])) * values[1];
   }
 };
 
 }  // namespace
 
-void gate_up(Launcher& launcher, const Stack& stack, const Layer& layer, const GemvInput& x,
-             float* out) {
-  launch_gemv(launcher,
-              GateUpParams{{stack.hidden, n_panels(layer.gate.n), x}, layer.gate, layer.up, out});
+void gate_up(Launcher& launcher, const Stack& stack, const Layer& layer, const GemvInput& x, float* out) {
+  launch_gemv(launcher, GateUpParams{{stack.hidden, n_panels(layer.gate.n), x}, layer.gate, layer.up, out});
 }
 
 }  // namespace recycle::cuda

@@ -30,9 +30,7 @@ constexpr int64_t staged_k() {
 template <int R>
 constexpr int64_t gemv_shared_bytes(int matrices, int64_t k) {
   const int64_t staged = k < staged_k<R>() ? k : staged_k<R>();
-  return (R * staged + int64_t{matrices} * kGemvWarps * R * kPanelRows +
-          round_up(kGemvWarps * R + R, 4)) *
-         4;
+  return (R * staged + int64_t{matrices} * kGemvWarps * R * kPanelRows + round_up(kGemvWarps * R + R, 4)) * 4;
 }
 
 // What the parameters of all GEMV kernels have. A kernel's Params derive from this, and add
@@ -71,12 +69,10 @@ class GemvBlock {
     if (threadIdx.x < M && blockIdx.x < params_.n_tiles) {
       const Matrix matrix = params_.matrix(threadIdx.x, blockIdx.x);
       const int64_t bytes = panel_bytes(matrix.format, k_);
-      prefetch(matrix.data + params_.panel(blockIdx.x) * bytes,
-               bytes < kMaxPrefetchBytes ? bytes : kMaxPrefetchBytes);
+      prefetch(matrix.data + params_.panel(blockIdx.x) * bytes, bytes < kMaxPrefetchBytes ? bytes : kMaxPrefetchBytes);
     }
     if (params_.input.norm != nullptr)
-      for (int64_t i = threadIdx.x * kWarp; i < k_; i += kGemvThreads * kWarp)
-        prefetch_line(params_.input.norm + i);
+      for (int64_t i = threadIdx.x * kWarp; i < k_; i += kGemvThreads * kWarp) prefetch_line(params_.input.norm + i);
   }
 
   RECYCLE_DEVICE void run() {
@@ -168,8 +164,8 @@ class GemvBlock {
       for (int r = 0; r < R; ++r)
 #pragma unroll
         for (int o = 0; o < kOutputsPerThread; ++o)
-          partial_sums_[((m * kGemvWarps + warp) * R + r) * kPanelRows + lane * kOutputsPerThread +
-                        o] = panel.sums[m][r][o];
+          partial_sums_[((m * kGemvWarps + warp) * R + r) * kPanelRows + lane * kOutputsPerThread + o] =
+              panel.sums[m][r][o];
   }
 
   const Params& params_;
@@ -201,8 +197,7 @@ int common_format(const Matrix& first, const Matrices&... others) {
 template <int kFormat, class Params>
 void launch_gemv_format(Launcher& launcher, const Params& params) {
   const auto launch = [&]<int R>() {
-    launcher.run(gemv_kernel<R, Params, kFormat>,
-                 dim3(gemv_blocks(launcher.device, params.n_tiles)), kGemvThreads,
+    launcher.run(gemv_kernel<R, Params, kFormat>, dim3(gemv_blocks(launcher.device, params.n_tiles)), kGemvThreads,
                  gemv_shared_bytes<R>(Params::kMatrices, params.k), params);
   };
   const int n_rows = params.input.n_rows;

@@ -72,8 +72,7 @@ RECYCLE_DEVICE void grid_dependency_wait() {
 // Prefetches `bytes`, a multiple of 16, into the L2 cache. One thread calls.
 RECYCLE_DEVICE void prefetch(const std::byte* from, int64_t bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from),
-               "r"(static_cast<unsigned>(bytes)));
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(static_cast<unsigned>(bytes)));
 #endif
 }
 
@@ -101,13 +100,11 @@ RECYCLE_DEVICE bool is_last_block(unsigned* counter, unsigned count, unsigned* f
 
 // Starts kernel(params); false if CUDA refuses, last_error() then says why. overlap: programmatic dependent launch.
 template <class Params>
-bool launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int64_t shared_bytes,
-                   int64_t max_shared_bytes, void* stream, bool overlap,
-                   const std::type_identity_t<Params>& params) {
+bool launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int64_t shared_bytes, int64_t max_shared_bytes,
+                   void* stream, bool overlap, const std::type_identity_t<Params>& params) {
   // Always the GPU's maximum: host threads that set different limits would lower the limit for each other.
-  if (shared_bytes > 48 * 1024 &&
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(max_shared_bytes)) != cudaSuccess)
+  if (shared_bytes > 48 * 1024 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                       static_cast<int>(max_shared_bytes)) != cudaSuccess)
     return false;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -156,8 +153,7 @@ RECYCLE_DEVICE float block_sum(float* shared, int n_warps, float value) {
 }
 
 RECYCLE_DEVICE float block_max(float* shared, int n_warps, float value) {
-  return block_reduce(shared, n_warps, warp_max(value),
-                      [](float a, float b) { return fmaxf(a, b); });
+  return block_reduce(shared, n_warps, warp_max(value), [](float a, float b) { return fmaxf(a, b); });
 }
 
 }  // namespace recycle::cuda

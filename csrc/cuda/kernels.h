@@ -31,14 +31,12 @@ inline int gemv_blocks(const Device& device, int64_t n_tiles) {
 }
 
 // q [rows, q_size], k and v [rows, kv_size] = W norm(x) (+ bias)
-void qkv(Launcher& launcher, const Stack& stack, const Layer& layer, const GemvInput& x, float* q,
-         float* k, float* v);
+void qkv(Launcher& launcher, const Stack& stack, const Layer& layer, const GemvInput& x, float* q, float* k, float* v);
 // out [rows, n] = W x (+ bias); out += W x (+ bias) where `accumulate`
-void linear(Launcher& launcher, const Matrix& weight, const float* bias, const GemvInput& x,
-            bool accumulate, float* out);
+void linear(Launcher& launcher, const Matrix& weight, const float* bias, const GemvInput& x, bool accumulate,
+            float* out);
 // out [rows, intermediate] = silu(gate norm(x)) * (up norm(x))
-void gate_up(Launcher& launcher, const Stack& stack, const Layer& layer, const GemvInput& x,
-             float* out);
+void gate_up(Launcher& launcher, const Stack& stack, const Layer& layer, const GemvInput& x, float* out);
 
 // A running argmax. The lowest token wins among equal values.
 struct Argmax {
@@ -76,8 +74,7 @@ struct PartialArgmax {
   }
 };
 // logits [rows, n] = W norm(x), unless logits is null; partial: always.
-void lm_head(Launcher& launcher, const Matrix& weight, const GemvInput& x, float* logits,
-             const PartialArgmax& partial);
+void lm_head(Launcher& launcher, const Matrix& weight, const GemvInput& x, float* logits, const PartialArgmax& partial);
 
 // ---- Attention (attention.cu) -------------------------------------------------------------------------
 

@@ -20,8 +20,7 @@ struct LinearParams : GemvParams {
 
   int format() const { return common_format(weight); }
   RECYCLE_DEVICE Matrix matrix(int, int64_t) const { return weight; }
-  RECYCLE_DEVICE void epilogue(State&, int row, int64_t tile, int output,
-                               const float (&values)[1]) const {
+  RECYCLE_DEVICE void epilogue(State&, int row, int64_t tile, int output, const float (&values)[1]) const {
     const int64_t n = tile * kPanelRows + output;
     float* to = out + row * weight.n + n;
     const float value = bias != nullptr ? values[0] + bias[n] : values[0];
@@ -31,10 +30,9 @@ struct LinearParams : GemvParams {
 
 }  // namespace
 
-void linear(Launcher& launcher, const Matrix& weight, const float* bias, const GemvInput& x,
-            bool accumulate, float* out) {
-  launch_gemv(launcher,
-              LinearParams{{weight.k, n_panels(weight.n), x}, weight, bias, accumulate, out});
+void linear(Launcher& launcher, const Matrix& weight, const float* bias, const GemvInput& x, bool accumulate,
+            float* out) {
+  launch_gemv(launcher, LinearParams{{weight.k, n_panels(weight.n), x}, weight, bias, accumulate, out});
 }
 
 }  // namespace recycle::cuda

@@ -21,8 +21,7 @@ struct LmHeadParams : GemvParams {
 
   int format() const { return common_format(weight); }
   RECYCLE_DEVICE Matrix matrix(int, int64_t) const { return weight; }
-  RECYCLE_DEVICE void epilogue(State& state, int row, int64_t tile, int output,
-                               const float (&values)[1]) const {
+  RECYCLE_DEVICE void epilogue(State& state, int row, int64_t tile, int output, const float (&values)[1]) const {
     const int64_t n = tile * kPanelRows + output;
     if (n >= weight.n) return;
     if (logits != nullptr) logits[row * weight.n + n] = values[0];

@@ -22,15 +22,14 @@ int64_t head_scratch_bytes(const HeadParams& params, const Device& device);
 // A row with a nonfinite logit gets token -1 and log-probability NaN.
 bool recycle_head(const HeadParams& params, const Device& device, void* stream);
 
-int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t num_draft_tokens,
-                             bool greedy, const Device& device);
+int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t num_draft_tokens, bool greedy,
+                             const Device& device);
 // A sequence that fails gets a negative count (select.h), and its state is unchanged.
-bool decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts, const Device& device,
-                 void* stream);
+bool decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts, const Device& device, void* stream);
 // The end of a prefill: a step of `sequence` alone, whose caches hold its prompt except for the last token. That
 // token is pending[sequence][0], both lengths are its position, and there are no draft tokens yet. Afterwards the
 // sequence has its first new token and draft tokens.
-bool finish_prefill(const DecodeState& state, int64_t sequence, int64_t* tokens, int64_t* counts,
-                    const Device& device, void* stream);
+bool finish_prefill(const DecodeState& state, int64_t sequence, int64_t* tokens, int64_t* counts, const Device& device,
+                    void* stream);
 
 }  // namespace recycle::cuda

@@ -36,8 +36,8 @@ class PanelSums {
   float sums[M][R][kOutputsPerThread] = {};
 
   // Adds columns [begin, end) of the panels; x [R, stride] starts at column `begin`.
-  RECYCLE_DEVICE void accumulate(const Format (&formats)[M], const std::byte* const (&panels)[M],
-                                 int64_t begin, int64_t end, const float* x, int64_t stride) {
+  RECYCLE_DEVICE void accumulate(const Format (&formats)[M], const std::byte* const (&panels)[M], int64_t begin,
+                                 int64_t end, const float* x, int64_t stride) {
     stride_ = stride;
     if constexpr (kFormat == kMixed) {
       dispatch<0>(formats[0], panels, begin, end, x);
@@ -46,8 +46,7 @@ class PanelSums {
       // 8 rows of two matrices side by side would spill registers.
       constexpr int N = R <= 4 ? M : 1;
       accumulate_lines<static_cast<Format>(kFormat), 0, N>(panels, begin, end, x);
-      if constexpr (N < M)
-        accumulate_lines<static_cast<Format>(kFormat), 1, 1>(panels, begin, end, x);
+      if constexpr (N < M) accumulate_lines<static_cast<Format>(kFormat), 1, 1>(panels, begin, end, x);
     }
   }
 
@@ -67,13 +66,12 @@ class PanelSums {
   int64_t stride_;
 
   template <int m>
-  RECYCLE_DEVICE void dispatch(Format format, const std::byte* const (&panels)[M], int64_t begin,
-                               int64_t end, const float* x) {
+  RECYCLE_DEVICE void dispatch(Format format, const std::byte* const (&panels)[M], int64_t begin, int64_t end,
+                               const float* x) {
     const auto try_formats = [&]<Format... formats>() {
       ((format == formats ? accumulate_lines<formats, m, 1>(panels, begin, end, x) : void()), ...);
     };
-    try_formats.template
-    operator()<Format::f32, Format::f16, Format::bf16, Format::q8_0, Format::q4_0, Format::q4_1>();
+    try_formats.template operator()<Format::f32, Format::f16, Format::bf16, Format::q8_0, Format::q4_0, Format::q4_1>();
   }
 
   // Columns k in a cache line.
@@ -90,8 +88,7 @@ class PanelSums {
   RECYCLE_DEVICE static uint4 load_line(const std::byte* panel, int64_t line, int group) {
     if constexpr (is_quantised(format)) {
       constexpr int64_t lines = kBlock / k_per_line<format>();
-      return load_weights(panel + quants_at(format, line / lines) + line % lines * kAlign +
-                          group * 16);
+      return load_weights(panel + quants_at(format, line / lines) + line % lines * kAlign + group * 16);
     } else if constexpr (format == Format::f16) {
       // Half a line is 16 outputs for one k.
       const uint2 low = load_weights_8(panel + line * kAlign + group * 8);
@@ -104,8 +101,8 @@ class PanelSums {
 
   // Matrices first .. first + N - 1, line by line side by side.
   template <Format format, int first, int N>
-  RECYCLE_DEVICE void accumulate_lines(const std::byte* const (&panels)[M], int64_t begin,
-                                       int64_t end, const float* x) {
+  RECYCLE_DEVICE void accumulate_lines(const std::byte* const (&panels)[M], int64_t begin, int64_t end,
+                                       const float* x) {
     constexpr int K = k_per_line<format>();
     constexpr int kStep = kGemvWarps * kLinesPerWarp;
     constexpr int U = kUnroll / N;
@@ -131,8 +128,7 @@ class PanelSums {
       for (int u = 0; u < U; ++u)
 #pragma unroll
         for (int m = 0; m < N; ++m)
-          accumulate_line<format>(panels[first + m], now[m][u], line + u * kStep, group, x,
-                                  sums[first + m]);
+          accumulate_line<format>(panels[first + m], now[m][u], line + u * kStep, group, x, sums[first + m]);
 #pragma unroll
       for (int u = 0; u < U; ++u)
 #pragma unroll
@@ -143,23 +139,20 @@ class PanelSums {
 #pragma unroll
       for (int m = 0; m < N; ++m)
         if (line + u * kStep < end_line)
-          accumulate_line<format>(panels[first + m], now[m][u], line + u * kStep, group, x,
-                                  sums[first + m]);
+          accumulate_line<format>(panels[first + m], now[m][u], line + u * kStep, group, x, sums[first + m]);
   }
 
   // raw: this thread's part of line `line`; x starts at column 0.
   template <Format format>
-  RECYCLE_DEVICE void accumulate_line(const std::byte* panel, uint4 raw, int64_t line, int group,
-                                      const float* x, float (&out)[R][kOutputsPerThread]) {
+  RECYCLE_DEVICE void accumulate_line(const std::byte* panel, uint4 raw, int64_t line, int group, const float* x,
+                                      float (&out)[R][kOutputsPerThread]) {
     constexpr int K = k_per_line<format>();
     const int64_t column = line * K;
     float scales[kOutputsPerThread], minima[kOutputsPerThread];
     if constexpr (is_quantised(format)) {
-      const std::byte* at =
-          panel + scales_at(format, column / kBlock) + group * kOutputsPerThread * 2;
+      const std::byte* at = panel + scales_at(format, column / kBlock) + group * kOutputsPerThread * 2;
       widen_halves(load_weights_8(at), scales);
-      if constexpr (format == Format::q4_1)
-        widen_halves(load_weights_8(at + kPanelRows * 2), minima);
+      if constexpr (format == Format::q4_1) widen_halves(load_weights_8(at + kPanelRows * 2), minima);
     }
     float weights[kOutputsPerThread][K];
     widen<format>(raw, weights);

@@ -20,16 +20,13 @@ struct QkvParams : GemvParams {
   int64_t ends[2];  // tiles up to the end of q, and of k
 
   int format() const { return common_format(matrices[0], matrices[1], matrices[2]); }
-  RECYCLE_DEVICE int index(int64_t tile) const {
-    return tile < ends[0] ? 0 : tile < ends[1] ? 1 : 2;
-  }
+  RECYCLE_DEVICE int index(int64_t tile) const { return tile < ends[0] ? 0 : tile < ends[1] ? 1 : 2; }
   RECYCLE_DEVICE Matrix matrix(int, int64_t tile) const { return matrices[index(tile)]; }
   RECYCLE_DEVICE int64_t panel(int64_t tile) const {
     const int i = index(tile);
     return i == 0 ? tile : tile - ends[i - 1];
   }
-  RECYCLE_DEVICE void epilogue(State&, int row, int64_t tile, int output,
-                               const float (&values)[1]) const {
+  RECYCLE_DEVICE void epilogue(State&, int row, int64_t tile, int output, const float (&values)[1]) const {
     const int i = index(tile);
     const int64_t n = panel(tile) * kPanelRows + output;
     outs[i][row * matrices[i].n + n] = biases[i] != nullptr ? values[0] + biases[i][n] : values[0];
@@ -38,8 +35,7 @@ struct QkvParams : GemvParams {
 
 }  // namespace
 
-void qkv(Launcher& launcher, const Stack& stack, const Layer& layer, const GemvInput& x, float* q,
-         float* k, float* v) {
+void qkv(Launcher& launcher, const Stack& stack, const Layer& layer, const GemvInput& x, float* q, float* k, float* v) {
   const int64_t q_end = n_panels(layer.q.n);
   const int64_t k_end = q_end + n_panels(layer.k.n);
   const int64_t v_end = k_end + n_panels(layer.v.n);

@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(kSampleThreads) result_kernel(ResultParams par
     token = argmax(params.scratch.partial, row);
   else if (params.scratch.finite[row] != 0)
     token = sample(params.scratch.probs + row * n, n,
-                   uniform(static_cast<uint64_t>(head.sampling.seeds[row]),
-                           static_cast<uint64_t>(head.positions[row]), Stream::sample));
+                   uniform(static_cast<uint64_t>(head.sampling.seeds[row]), static_cast<uint64_t>(head.positions[row]),
+                           Stream::sample));
   float* warp_values = shared_memory<float>();
   float max = -INFINITY;
   for (int64_t i = threadIdx.x; i < n; i += kSampleThreads) max = fmaxf(max, logits[i]);
@@ -86,8 +86,7 @@ bool recycle_head(const HeadParams& params, const Device& device, void* stream) 
   scratch.take(arena, params, device);
   const int n_rows = static_cast<int>(params.n_rows);
   const int64_t n = params.head.n, size = n_rows * n;
-  lm_head(launcher, params.head, {params.x, nullptr, n_rows, params.norm, params.eps},
-          scratch.logits, scratch.partial);
+  lm_head(launcher, params.head, {params.x, nullptr, n_rows, params.norm, params.eps}, scratch.logits, scratch.partial);
   if (!params.sampling.greedy()) {
     launcher.run(copy_kernel, dim3((size + kSampleThreads - 1) / kSampleThreads), kSampleThreads, 0,
                  {scratch.logits, size, scratch.probs});

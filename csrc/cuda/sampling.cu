@@ -39,8 +39,8 @@ struct Shared {
 // The largest key such that the values with this key or a larger one have mass `target` or more.
 // *above: the mass of the values with a larger key.
 template <class MassOf>
-RECYCLE_DEVICE uint32_t radix_select(Shared& shared, const float* values, int64_t n, Mass target,
-                                     MassOf mass_of, Mass* above) {
+RECYCLE_DEVICE uint32_t radix_select(Shared& shared, const float* values, int64_t n, Mass target, MassOf mass_of,
+                                     Mass* above) {
   uint32_t prefix = 0;
   *above = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
@@ -51,8 +51,7 @@ RECYCLE_DEVICE uint32_t radix_select(Shared& shared, const float* values, int64_
       if (shift < 24 && key >> (shift + 8) != prefix) continue;
       const Mass mass = mass_of(values[i]);
       const uint32_t bin = key >> shift & (kBins - 1);
-      const unsigned parts[3] = {static_cast<unsigned>(mass & 0x3FFF),
-                                 static_cast<unsigned>(mass >> 14 & 0x3FFF),
+      const unsigned parts[3] = {static_cast<unsigned>(mass & 0x3FFF), static_cast<unsigned>(mass >> 14 & 0x3FFF),
                                  static_cast<unsigned>(mass >> 28)};
       for (int part = 0; part < 3; ++part)
         if (parts[part] != 0) atomicAdd(&shared.bins[part][bin], parts[part]);
@@ -62,8 +61,7 @@ RECYCLE_DEVICE uint32_t radix_select(Shared& shared, const float* values, int64_
       Mass sum = *above;
       int bin = kBins - 1;
       for (; bin > 0; --bin) {
-        const Mass mass = shared.bins[0][bin] + (Mass{shared.bins[1][bin]} << 14) +
-                          (Mass{shared.bins[2][bin]} << 28);
+        const Mass mass = shared.bins[0][bin] + (Mass{shared.bins[1][bin]} << 14) + (Mass{shared.bins[2][bin]} << 28);
         if (sum + mass >= target) break;
         sum += mass;
       }
@@ -143,8 +141,7 @@ __global__ void __launch_bounds__(kThreads, 1) probs_kernel(ProbsParams params) 
   uint32_t threshold = 0;
   Mass above;
   if (params.top_k > 0 && params.top_k < n)
-    threshold = radix_select(
-        shared, row, n, static_cast<Mass>(params.top_k), [](float) { return Mass{1}; }, &above);
+    threshold = radix_select(shared, row, n, static_cast<Mass>(params.top_k), [](float) { return Mass{1}; }, &above);
   const float inv_temperature = 1 / params.temperature;
   float sum = 0;
   for (int64_t i = threadIdx.x; i < n; i += kThreads) {
@@ -159,8 +156,7 @@ __global__ void __launch_bounds__(kThreads, 1) probs_kernel(ProbsParams params) 
 
 }  // namespace
 
-void logits_to_probs(Launcher& launcher, const Sampling& sampling, int n_rows, int64_t n,
-                     float* logits, int* finite) {
+void logits_to_probs(Launcher& launcher, const Sampling& sampling, int n_rows, int64_t n, float* logits, int* finite) {
   launcher.run(probs_kernel, dim3(n_rows), kThreads, sizeof(Shared),
                {sampling.temperature, sampling.top_p, sampling.top_k, n, logits, finite});
 }

@@ -76,7 +76,6 @@ RECYCLE_DEVICE int64_t sample(const float* probs, int64_t n, float u) {
 
 // logits [rows, n] become probabilities in place, as Sampling says. finite [rows]: 0 for a row with a nonfinite
 // logit, whose logits stay.
-void logits_to_probs(Launcher& launcher, const Sampling& sampling, int n_rows, int64_t n,
-                     float* logits, int* finite);
+void logits_to_probs(Launcher& launcher, const Sampling& sampling, int n_rows, int64_t n, float* logits, int* finite);
 
 }  // namespace recycle::cuda

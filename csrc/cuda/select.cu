@@ -20,14 +20,12 @@ constexpr int kThreads = kSampleThreads;
 RECYCLE_DEVICE float embedding_at(const Matrix& matrix, int64_t token, int64_t k) {
   const std::byte* panel = matrix.panel(token / kPanelRows);
   const int64_t lane = token % kPanelRows;
-  return is_quantised(matrix.format)
-             ? read_weight(matrix.format, panel, lane, k / kBlock, k % kBlock)
-             : read_weight(matrix.format, panel, lane, k / kPanelRows, k % kPanelRows);
+  return is_quantised(matrix.format) ? read_weight(matrix.format, panel, lane, k / kBlock, k % kBlock)
+                                     : read_weight(matrix.format, panel, lane, k / kPanelRows, k % kPanelRows);
 }
 
 // out = x / sqrt(mean(x^2) + eps) * weight, or x where `weight` is null. All threads call; out may be x.
-RECYCLE_DEVICE void norm_row(const float* x, const float* weight, float eps, int64_t n,
-                             float* out) {
+RECYCLE_DEVICE void norm_row(const float* x, const float* weight, float eps, int64_t n, float* out) {
   float scale = 1;
   if (weight != nullptr) {
     float sum = 0;
@@ -35,21 +33,19 @@ RECYCLE_DEVICE void norm_row(const float* x, const float* weight, float eps, int
     sum = block_sum(shared_memory<float>(), kSampleWarps, sum);
     scale = 1 / sqrtf(sum / static_cast<float>(n) + eps);
   }
-  for (int64_t i = threadIdx.x; i < n; i += kThreads)
-    out[i] = weight != nullptr ? x[i] * scale * weight[i] : x[i];
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) out[i] = weight != nullptr ? x[i] * scale * weight[i] : x[i];
 }
 
 // A row of the module's input: the embedding of the token after a position, and the hidden state at the position.
-RECYCLE_DEVICE void write_module_input(const SelectParams& params, int64_t token, int position,
-                                       const float* hidden, const float* final_norm, float* input) {
+RECYCLE_DEVICE void write_module_input(const SelectParams& params, int64_t token, int position, const float* hidden,
+                                       const float* final_norm, float* input) {
   const bool zero = params.zero_first_embedding && position == 0;
   for (int64_t i = threadIdx.x; i < params.hidden; i += kThreads)
     input[i] = zero ? 0 : embedding_at(params.embedding, token, i);
   norm_row(input, params.embed_norm, params.module_eps, params.hidden, input);
   float* state = input + params.hidden;
   norm_row(hidden, final_norm, params.base_eps, params.hidden, state);
-  if (params.hidden_norm != nullptr)
-    norm_row(state, params.hidden_norm, params.module_eps, params.hidden, state);
+  if (params.hidden_norm != nullptr) norm_row(state, params.hidden_norm, params.module_eps, params.hidden, state);
 }
 
 // An unused row still passes through the module: its input must be finite.
@@ -67,8 +63,7 @@ __global__ void __launch_bounds__(kThreads, 1) begin_kernel(SelectParams params)
   const int row_in_sequence = row % params.rows_per_sequence;
   const int64_t* pending = params.pending + sequence * params.rows_per_sequence;
   const int64_t length = params.lengths[sequence];
-  const bool is_idle =
-      pending[0] < 0 || (params.prefill_sequence >= 0 && sequence != params.prefill_sequence);
+  const bool is_idle = pending[0] < 0 || (params.prefill_sequence >= 0 && sequence != params.prefill_sequence);
   // The end of a prefill writes one row in the base model, and one for each draft token in the module.
   const int64_t needed = params.prefill_sequence < 0   ? positions_needed(params.num_draft_tokens)
                          : params.num_draft_tokens > 0 ? params.num_draft_tokens
@@ -78,12 +73,10 @@ __global__ void __launch_bounds__(kThreads, 1) begin_kernel(SelectParams params)
     const int64_t module_length = params.module_lengths[sequence];
     fits = fits && module_length >= 0 && module_length <= length;
   }
-  for (int j = 0; j <= params.last_row; ++j)
-    fits = fits && pending[j] >= 0 && pending[j] < params.vocab;
+  for (int j = 0; j <= params.last_row; ++j) fits = fits && pending[j] >= 0 && pending[j] < params.vocab;
   const bool is_used = !is_idle && fits && row_in_sequence <= params.last_row;
   for (int64_t i = threadIdx.x; i < params.hidden; i += kThreads)
-    buffers.x[row * params.hidden + i] =
-        is_used ? embedding_at(params.embedding, pending[row_in_sequence], i) : 0;
+    buffers.x[row * params.hidden + i] = is_used ? embedding_at(params.embedding, pending[row_in_sequence], i) : 0;
   if (row == 0)
     for (int i = threadIdx.x; i < buffers.n_counters; i += kThreads) buffers.blocks_done[i] = 0;
   if (threadIdx.x != 0) return;
@@ -102,10 +95,8 @@ __global__ void __launch_bounds__(kThreads, 1) begin_kernel(SelectParams params)
 
 // ---- what counts --------------------------------------------------------------------------------------
 
-RECYCLE_DEVICE float random(const SelectParams& params, int sequence, int64_t position,
-                            Stream stream) {
-  return uniform(static_cast<uint64_t>(params.seeds[sequence]), static_cast<uint64_t>(position),
-                 stream);
+RECYCLE_DEVICE float random(const SelectParams& params, int sequence, int64_t position, Stream stream) {
+  return uniform(static_cast<uint64_t>(params.seeds[sequence]), static_cast<uint64_t>(position), stream);
 }
 
 // Row of `token` in the module's head. The token is in the draft vocabulary, which is sorted.
@@ -125,15 +116,12 @@ RECYCLE_DEVICE int64_t draft_index(const SelectParams& params, int64_t token) {
 // Speculative sampling, see choice.h. length: the position of the sequence's first row.
 RECYCLE_DEVICE Choice verify_sampled(const SelectParams& params, int sequence, int length) {
   const int64_t* pending = params.pending + sequence * params.rows_per_sequence;
-  float* p =
-      params.buffers.base_probs + int64_t{sequence} * params.rows_per_sequence * params.vocab;
-  const float* q =
-      params.draft_probs + int64_t{sequence} * params.num_draft_tokens * params.draft_vocab_size;
+  float* p = params.buffers.base_probs + int64_t{sequence} * params.rows_per_sequence * params.vocab;
+  const float* q = params.draft_probs + int64_t{sequence} * params.num_draft_tokens * params.draft_vocab_size;
   for (int j = 0; j < params.num_draft_tokens; ++j) {
     const int64_t token = pending[j + 1];
     const int64_t position = length + j + 1;
-    if (accepts_draft(random(params, sequence, position, Stream::accept), p[token],
-                      q[draft_index(params, token)])) {
+    if (accepts_draft(random(params, sequence, position, Stream::accept), p[token], q[draft_index(params, token)])) {
       p += params.vocab;
       q += params.draft_vocab_size;
       continue;
@@ -147,8 +135,7 @@ RECYCLE_DEVICE Choice verify_sampled(const SelectParams& params, int sequence, i
     return {j, sample(p, params.vocab, random(params, sequence, position, Stream::resample))};
   }
   return {params.num_draft_tokens,
-          sample(p, params.vocab,
-                 random(params, sequence, length + params.rows_per_sequence, Stream::sample))};
+          sample(p, params.vocab, random(params, sequence, length + params.rows_per_sequence, Stream::sample))};
 }
 
 // False if a logit of the sequence is nonfinite.
@@ -161,9 +148,8 @@ RECYCLE_DEVICE bool choose(const SelectParams& params, int sequence, int length,
     if (params.head_reads_every_row)
       *choice = verify_sampled(params, sequence, length);
     else
-      *choice = {params.last_row,
-                 sample(params.buffers.base_probs + first * params.vocab, params.vocab,
-                        random(params, sequence, length + params.last_row + 1, Stream::sample))};
+      *choice = {params.last_row, sample(params.buffers.base_probs + first * params.vocab, params.vocab,
+                                         random(params, sequence, length + params.last_row + 1, Stream::sample))};
     return true;
   }
   int tokens[kMaxDraftTokens + 1];
@@ -173,8 +159,8 @@ RECYCLE_DEVICE bool choose(const SelectParams& params, int sequence, int length,
     is_finite = is_finite && tokens[j] >= 0;
   }
   if (params.head_reads_every_row)
-    *choice = verify_greedy(params.pending + sequence * params.rows_per_sequence,
-                            params.num_draft_tokens, [&](int64_t j) { return tokens[j]; });
+    *choice = verify_greedy(params.pending + sequence * params.rows_per_sequence, params.num_draft_tokens,
+                            [&](int64_t j) { return tokens[j]; });
   else
     *choice = {params.last_row, tokens[0]};
   return is_finite;
@@ -205,8 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_tokens_kernel(SelectParams
   const int64_t* pending = params.pending + first_row;
   int64_t* tokens = params.tokens + first_row;
   const int length = buffers.positions[first_row];
-  const int module_length =
-      params.num_draft_tokens > 0 ? static_cast<int>(params.module_lengths[sequence]) : 0;
+  const int module_length = params.num_draft_tokens > 0 ? static_cast<int>(params.module_lengths[sequence]) : 0;
   Choice choice = {0, 0};
   const bool is_used = length >= 0 && choose(params, sequence, length, &choice);
   const auto is_confirmed = [&](int j) { return is_used && j <= choice.accepted; };
@@ -232,8 +217,8 @@ __global__ void __launch_bounds__(kThreads, 1) select_tokens_kernel(SelectParams
   for (int j = 0; j < params.rows_per_sequence; ++j) {
     float* input = buffers.module_input + (first_row + j) * 2 * params.hidden;
     if (is_confirmed(j))
-      write_module_input(params, tokens[j], module_length + j,
-                         buffers.x + (first_row + j) * params.hidden, params.final_norm, input);
+      write_module_input(params, tokens[j], module_length + j, buffers.x + (first_row + j) * params.hidden,
+                         params.final_norm, input);
     else
       clear_module_input(params, input);
   }
@@ -247,8 +232,7 @@ RECYCLE_DEVICE int64_t draft_token(const SelectParams& params, int sequence, int
   const int64_t n = params.draft_vocab_size;
   const float* probs = params.buffers.module_probs + sequence * n;
   if (params.draft_probs != nullptr) {
-    float* out =
-        params.draft_probs + (int64_t{sequence} * params.num_draft_tokens + params.draft) * n;
+    float* out = params.draft_probs + (int64_t{sequence} * params.num_draft_tokens + params.draft) * n;
     for (int64_t i = threadIdx.x; i < n; i += kThreads) out[i] = probs[i];
   }
   return sample(probs, n, random(params, sequence, length, Stream::draft));
@@ -263,8 +247,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_draft_kernel(SelectParams 
   const bool is_last = params.draft + 1 == params.num_draft_tokens;
   // The module's row that the head read. After the first pass a sequence has one row.
   const int row = buffers.draft_rows[sequence];
-  const int position =
-      params.draft == 0 ? buffers.positions[row] : buffers.draft_positions[sequence];
+  const int position = params.draft == 0 ? buffers.positions[row] : buffers.draft_positions[sequence];
   // Positions that the base model has read and the module has not.
   const int64_t skipped = params.lengths[sequence] - params.module_lengths[sequence];
   bool is_used = params.counts[sequence] > 0;
@@ -278,8 +261,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_draft_kernel(SelectParams 
   if (!is_last) {
     float* input = buffers.module_input + sequence * 2 * params.hidden;
     if (is_used)
-      write_module_input(params, token, position + 1, buffers.module_x + row * params.hidden,
-                         nullptr, input);
+      write_module_input(params, token, position + 1, buffers.module_x + row * params.hidden, nullptr, input);
     else
       clear_module_input(params, input);
   }
@@ -293,8 +275,8 @@ __global__ void __launch_bounds__(kThreads, 1) select_draft_kernel(SelectParams 
 
 }  // namespace
 
-SelectParams select_params(const DecodeState& state, int prefill_sequence,
-                           const SelectBuffers& buffers, int64_t* tokens, int64_t* counts) {
+SelectParams select_params(const DecodeState& state, int prefill_sequence, const SelectBuffers& buffers,
+                           int64_t* tokens, int64_t* counts) {
   const Base& base = state.model->base;
   const Module& module = state.model->module;
   const bool drafts = state.num_draft_tokens > 0;
@@ -311,8 +293,7 @@ SelectParams select_params(const DecodeState& state, int prefill_sequence,
   params.hidden = base.stack.hidden;
   params.vocab = base.head.n;
   params.capacity = state.base_cache.capacity;
-  if (drafts && state.module_cache.capacity < params.capacity)
-    params.capacity = state.module_cache.capacity;
+  if (drafts && state.module_cache.capacity < params.capacity) params.capacity = state.module_cache.capacity;
   params.batch = static_cast<int>(state.batch);
   params.num_draft_tokens = static_cast<int>(state.num_draft_tokens);
   params.rows_per_sequence = static_cast<int>(state.rows_per_sequence());
@@ -341,8 +322,7 @@ void select_tokens(Launcher& launcher, SelectParams params, const PartialArgmax&
   launcher.run(select_tokens_kernel, dim3(params.batch), kThreads, kSampleSharedBytes, params);
 }
 
-void select_draft(Launcher& launcher, SelectParams params, const PartialArgmax& partial,
-                  int draft) {
+void select_draft(Launcher& launcher, SelectParams params, const PartialArgmax& partial, int draft) {
   params.partial = partial;
   params.draft = draft;
   launcher.run(select_draft_kernel, dim3(params.batch), kThreads, kSampleSharedBytes, params);

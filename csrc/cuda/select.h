@@ -57,8 +57,8 @@ struct SelectParams {
   int draft;
 };
 
-SelectParams select_params(const DecodeState& state, int prefill_sequence,
-                           const SelectBuffers& buffers, int64_t* tokens, int64_t* counts);
+SelectParams select_params(const DecodeState& state, int prefill_sequence, const SelectBuffers& buffers,
+                           int64_t* tokens, int64_t* counts);
 
 // Positions, embeddings of the pending tokens, counters.
 void begin_step(Launcher& launcher, const SelectParams& params);

@@ -16,8 +16,7 @@ namespace {
 
 // Counters of attention: one for each key/value head of a sequence and tile of queries.
 int64_t n_counters(const Stack& stack, int64_t batch, int64_t rows_per_sequence) {
-  return batch * stack.n_kv_heads *
-         query_tiles(rows_per_sequence, stack.n_heads / stack.n_kv_heads);
+  return batch * stack.n_kv_heads * query_tiles(rows_per_sequence, stack.n_heads / stack.n_kv_heads);
 }
 
 // The base model and the module share buffers.
@@ -45,10 +44,9 @@ struct Scratch {
     select.draft_rows = arena.take<int>(batch);
     select.draft_positions = arena.take<int>(batch);
     select.new_pending = arena.take<int64_t>(rows);
-    select.n_counters = static_cast<int>(std::max(n_counters(base, batch, rows_per_sequence),
-                                                  n_counters(drafter, batch, rows_per_sequence)));
-    attention.take_splits(arena, rows, q_size, std::max(base.n_heads, drafter.n_heads),
-                          select.n_counters);
+    select.n_counters = static_cast<int>(
+        std::max(n_counters(base, batch, rows_per_sequence), n_counters(drafter, batch, rows_per_sequence)));
+    attention.take_splits(arena, rows, q_size, std::max(base.n_heads, drafter.n_heads), select.n_counters);
     select.blocks_done = attention.blocks_done;
     attention.q = q = arena.take<float>(rows * q_size);
     attention.k = k = arena.take<float>(rows * kv_size);
@@ -67,11 +65,9 @@ struct Scratch {
 
 class Step {
  public:
-  Step(const DecodeState& state, const Device& device, void* stream)
-      : state_(state), launcher_(device, stream) {
+  Step(const DecodeState& state, const Device& device, void* stream) : state_(state), launcher_(device, stream) {
     Arena arena(state.scratch);
-    scratch_.take(arena, *state.model, state.batch, state.num_draft_tokens, state.sampling.greedy(),
-                  device);
+    scratch_.take(arena, *state.model, state.batch, state.num_draft_tokens, state.sampling.greedy(), device);
   }
 
   // prefill_sequence: the sequence whose prefill ends; -1: none. False if CUDA refused a launch.
@@ -84,19 +80,16 @@ class Step {
     const RowMap rows{select.batch, select.rows_per_sequence, buffers.positions};
     run_layers(base.stack, state_.base_cache, rows, buffers.x);
     const int n_head_rows = select.head_reads_every_row ? rows.n_rows() : rows.batch;
-    run_head(base.head,
-             {buffers.x, buffers.head_rows, n_head_rows, base.final_norm, base.stack.eps},
+    run_head(base.head, {buffers.x, buffers.head_rows, n_head_rows, base.final_norm, base.stack.eps},
              scratch_.base_partial, buffers.base_probs, buffers.base_finite);
     select_tokens(launcher_, select, scratch_.base_partial);
 
     for (int draft = 0; draft < select.num_draft_tokens; ++draft) {
       const RowMap pass = draft == 0 ? rows : RowMap{rows.batch, 1, buffers.draft_positions};
-      linear(launcher_, drafter.input_proj, drafter.input_bias,
-             {buffers.module_input, nullptr, pass.n_rows()}, false, buffers.module_x);
+      linear(launcher_, drafter.input_proj, drafter.input_bias, {buffers.module_input, nullptr, pass.n_rows()}, false,
+             buffers.module_x);
       run_layers(drafter.stack, state_.module_cache, pass, buffers.module_x);
-      run_head(drafter.head,
-               {buffers.module_x, buffers.draft_rows, rows.batch, drafter.output_norm,
-                drafter.stack.eps},
+      run_head(drafter.head, {buffers.module_x, buffers.draft_rows, rows.batch, drafter.output_norm, drafter.stack.eps},
                scratch_.module_partial, buffers.module_probs, buffers.module_finite);
       select_draft(launcher_, select, scratch_.module_partial, draft);
     }
@@ -105,11 +98,9 @@ class Step {
 
  private:
   // probs, finite: null in a greedy step.
-  void run_head(const Matrix& head, const GemvInput& x, const PartialArgmax& partial, float* probs,
-                int* finite) {
+  void run_head(const Matrix& head, const GemvInput& x, const PartialArgmax& partial, float* probs, int* finite) {
     lm_head(launcher_, head, x, probs, partial);
-    if (!state_.sampling.greedy())
-      logits_to_probs(launcher_, state_.sampling, x.n_rows, head.n, probs, finite);
+    if (!state_.sampling.greedy()) logits_to_probs(launcher_, state_.sampling, x.n_rows, head.n, probs, finite);
   }
 
   void run_layers(const Stack& stack, const KvCache& cache, const RowMap& rows, float* x) {
@@ -123,17 +114,15 @@ class Step {
     params.cache = cache;
     params.buffers = scratch_.attention;
     for (const Layer& layer : stack.layers) {
-      qkv(launcher_, stack, layer, {x, nullptr, rows.n_rows(), layer.input_norm, stack.eps},
-          scratch_.q, scratch_.k, scratch_.v);
+      qkv(launcher_, stack, layer, {x, nullptr, rows.n_rows(), layer.input_norm, stack.eps}, scratch_.q, scratch_.k,
+          scratch_.v);
       params.q_norm = layer.q_norm;
       params.k_norm = layer.k_norm;
       attention(launcher_, params);
       ++params.layer;
       linear(launcher_, layer.o, nullptr, {params.buffers.out, nullptr, rows.n_rows()}, true, x);
-      gate_up(launcher_, stack, layer, {x, nullptr, rows.n_rows(), layer.post_norm, stack.eps},
-              scratch_.activation);
-      linear(launcher_, layer.down, nullptr, {scratch_.activation, nullptr, rows.n_rows()}, true,
-             x);
+      gate_up(launcher_, stack, layer, {x, nullptr, rows.n_rows(), layer.post_norm, stack.eps}, scratch_.activation);
+      linear(launcher_, layer.down, nullptr, {scratch_.activation, nullptr, rows.n_rows()}, true, x);
     }
   }
 
@@ -144,21 +133,20 @@ class Step {
 
 }  // namespace
 
-int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t num_draft_tokens,
-                             bool greedy, const Device& device) {
+int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t num_draft_tokens, bool greedy,
+                             const Device& device) {
   Arena arena(nullptr);
   Scratch scratch;
   scratch.take(arena, model, batch, num_draft_tokens, greedy, device);
   return arena.used();
 }
 
-bool decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts, const Device& device,
-                 void* stream) {
+bool decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts, const Device& device, void* stream) {
   return Step(state, device, stream).run(-1, tokens, counts);
 }
 
-bool finish_prefill(const DecodeState& state, int64_t sequence, int64_t* tokens, int64_t* counts,
-                    const Device& device, void* stream) {
+bool finish_prefill(const DecodeState& state, int64_t sequence, int64_t* tokens, int64_t* counts, const Device& device,
+                    void* stream) {
   return Step(state, device, stream).run(static_cast<int>(sequence), tokens, counts);
 }
 

@@ -209,8 +209,8 @@ inline void prefetch(const std::byte*, int64_t) {}
 inline void prefetch_line(const void*) {}
 
 template <class Params>
-bool launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int64_t shared_bytes, int64_t,
-                   void*, bool, const std::type_identity_t<Params>& params) {
+bool launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int64_t shared_bytes, int64_t, void*, bool,
+                   const std::type_identity_t<Params>& params) {
   Emulator::get().run(grid, threads, shared_bytes, [&] { kernel(params); });
   return true;
 }

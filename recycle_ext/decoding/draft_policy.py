@@ -23,9 +23,7 @@ EXPLORATION = 0.02  # budget for each token written: bounds the loss where draft
 HYSTERESIS = 0.02  # a smaller difference of values is noise
 TRIAL_STEPS = 4  # the median of 4 times survives an outlier
 MAX_BACKOFF = 4  # bounds the wait for a trial where a text turns predictable
-MAX_TRIAL_COST = (
-    1.5  # relative to current_k: one wrong time delays the next trial, but not for long
-)
+MAX_TRIAL_COST = 1.5  # relative to current_k: one wrong time delays the next trial, but not for long
 NUM_SAMPLES = 9  # times or ratios that a median is taken of: survives outliers, follows the machine
 MEMORY = 24  # steps that acceptance is averaged over: follows the passages of a text
 OLD_WEIGHT = 2  # steps that earlier acceptance counts for in a new text or trial: new steps decide

@@ -77,8 +77,19 @@ def figures(statistics: Statistics, read_bandwidth: float) -> str:
     return "\n".join(lines)
 
 
-_JSON_KEYS = """prompt_tokens new_tokens mode drafts steps acceptance_rate prefill_seconds decode_seconds
-tokens_per_second weight_bytes gigabytes_per_second""".split()
+_JSON_KEYS = [
+    "prompt_tokens",
+    "new_tokens",
+    "mode",
+    "drafts",
+    "steps",
+    "acceptance_rate",
+    "prefill_seconds",
+    "decode_seconds",
+    "tokens_per_second",
+    "weight_bytes",
+    "gigabytes_per_second",
+]
 
 
 def json_object(generation: Generation) -> dict:

@@ -33,8 +33,8 @@ constexpr int64_t elements_per_word(CacheType type) {
 // Transposes 16 keys: words [head_dim / elements_per_word, 16] has the positions side by side. Keys from `count`
 // on are zero. next: keys to prefetch.
 template <CacheType type>
-inline void transpose_keys(const std::byte* rows, int64_t count, int64_t head_dim,
-                           const std::byte* next, float* words) {
+inline void transpose_keys(const std::byte* rows, int64_t count, int64_t head_dim, const std::byte* next,
+                           float* words) {
   const int64_t row_bytes = cache_row_bytes(type, head_dim);
   const int64_t n_words = head_dim / elements_per_word(type);
   for (int64_t first = 0; first < n_words; first += 16) {
@@ -77,12 +77,10 @@ inline void score(const float* q, const float* words, int64_t head_dim, float* s
     for (int b = 0; b < B; ++b) widen(words + b * block, first[b], second[b]);
 #pragma GCC unroll 8
     for (int h = 0; h < H; ++h)
-      for (int b = 0; b < B; ++b)
-        even[h][b] = fma(first[b], splat(q[h * head_dim + d]), even[h][b]);
+      for (int b = 0; b < B; ++b) even[h][b] = fma(first[b], splat(q[h * head_dim + d]), even[h][b]);
 #pragma GCC unroll 8
     for (int h = 0; h < H; ++h)
-      for (int b = 0; b < B; ++b)
-        odd[h][b] = fma(second[b], splat(q[h * head_dim + d + 1]), odd[h][b]);
+      for (int b = 0; b < B; ++b) odd[h][b] = fma(second[b], splat(q[h * head_dim + d + 1]), odd[h][b]);
   };
   if constexpr (type == CacheType::f32) {
     for (int64_t d = 0; d < head_dim; d += 2)
@@ -99,9 +97,7 @@ inline void score(const float* q, const float* words, int64_t head_dim, float* s
       });
   } else {
     for (int64_t d = 0; d < head_dim; d += 4) {
-      const auto four = [&](const float* at) {
-        return load_raw(reinterpret_cast<const std::byte*>(at + d * 4));
-      };
+      const auto four = [&](const float* at) { return load_raw(reinterpret_cast<const std::byte*>(at + d * 4)); };
       add_two(d, [&](const float* at, Lanes& first, Lanes& second) {
         first = byte_of<0>(four(at));
         second = byte_of<1>(four(at));
@@ -126,9 +122,8 @@ inline void load_scales(const std::byte* rows, int64_t count, int64_t head_dim, 
 // Turns one head's scores of a chunk, [kChunk], into weights exp(score - maximum), and raises the running maximum
 // and total. Returns the factor that corrects the sums of earlier chunks to the new maximum. key_scales and
 // value_scales: those of 8-bit rows, or null.
-inline float online_softmax_update(int64_t length, float scale, const float* key_scales,
-                                   const float* value_scales, float* maximum, float* total,
-                                   float* scores) {
+inline float online_softmax_update(int64_t length, float scale, const float* key_scales, const float* value_scales,
+                                   float* maximum, float* total, float* scores) {
   const int64_t padded = round_up(length, 16);
   for (int64_t p = 0; p < padded; p += 16) {
     Lanes scaled = mul(load(scores + p), splat(scale));
@@ -191,8 +186,8 @@ struct Values {
 // weighted[h] = weighted[h] * correction[h] + weights[h] . values, for H heads and L vectors of 16 elements from
 // element i on; `step` vectors are loaded together.
 template <CacheType type, int H, int L, int step>
-inline void accumulate_values(const float* weights, const float* corrections, const Values& values,
-                              int64_t i, float* weighted) {
+inline void accumulate_values(const float* weights, const float* corrections, const Values& values, int64_t i,
+                              float* weighted) {
   Lanes sums[H][L];
   for (int h = 0; h < H; ++h)
     for (int l = 0; l < L; ++l)
@@ -207,8 +202,7 @@ inline void accumulate_values(const float* weights, const float* corrections, co
       load_values<type>(row, i + l * 16, loaded);
 #pragma GCC unroll 8
       for (int h = 0; h < H; ++h)
-        for (int s = 0; s < step; ++s)
-          sums[h][l + s] = fma(splat(weights[h * kChunk + p]), loaded[s], sums[h][l + s]);
+        for (int s = 0; s < step; ++s) sums[h][l + s] = fma(splat(weights[h * kChunk + p]), loaded[s], sums[h][l + s]);
     }
   }
   for (int h = 0; h < H; ++h)
@@ -216,25 +210,21 @@ inline void accumulate_values(const float* weights, const float* corrections, co
 }
 
 template <CacheType type, int H>
-inline void accumulate_values(const float* weights, const float* corrections, const Values& values,
-                              float* weighted) {
+inline void accumulate_values(const float* weights, const float* corrections, const Values& values, float* weighted) {
   constexpr int L = value_vectors(H);
   int64_t i = 0;
   for (; i + L * 16 <= values.head_dim; i += L * 16)
     accumulate_values<type, H, L, 2>(weights, corrections, values, i, weighted);
   for (; i + 32 <= values.head_dim; i += 32)
     accumulate_values<type, H, 2, 2>(weights, corrections, values, i, weighted);
-  if (i < values.head_dim)
-    accumulate_values<type, H, 1, 1>(weights, corrections, values, i, weighted);
+  if (i < values.head_dim) accumulate_values<type, H, 1, 1>(weights, corrections, values, i, weighted);
 }
 
 template <CacheType type>
 class Attend {
  public:
   explicit Attend(const AttendTask& task)
-      : task_(task),
-        n_heads_(task.n_rows * task.group),
-        row_bytes_(cache_row_bytes(type, task.head_dim)) {
+      : task_(task), n_heads_(task.n_rows * task.group), row_bytes_(cache_row_bytes(type, task.head_dim)) {
     float* tile = task.tile;
     const auto take = [&](int64_t floats) {
       float* taken = tile;
@@ -271,14 +261,12 @@ class Attend {
       for (int64_t p = 0; p < count; p += 16 * B) {
         for (int b = 0; b < B; ++b) {
           const int64_t first = p + b * 16;
-          transpose_keys<type>(keys + first * row_bytes_, count - first, task_.head_dim,
-                               next_keys + first * row_bytes_,
+          transpose_keys<type>(keys + first * row_bytes_, count - first, task_.head_dim, next_keys + first * row_bytes_,
                                words_ + b * 16 * task_.head_dim / elements_per_word(type));
         }
         for_head_tiles([&]<int H>(int64_t head) {
           if (visible_from(head + H - 1, begin) > p)
-            score<type, H, B>(queries_ + head * task_.head_dim, words_, task_.head_dim,
-                              scores_ + head * kChunk + p);
+            score<type, H, B>(queries_ + head * task_.head_dim, words_, task_.head_dim, scores_ + head * kChunk + p);
         });
       }
       for_head_tiles([&]<int H>(int64_t head) { add_chunk<H>(head, begin, count, values); });
@@ -298,15 +286,13 @@ class Attend {
       const int64_t visible = visible_from(head + h, begin);
       lengths[h] = visible < 0 ? 0 : visible < count ? visible : count;
       corrections[h] = lengths[h] == 0 ? 1.0f
-                                       : online_softmax_update(
-                                             lengths[h], scale_, is_q8 ? key_scales_ : nullptr,
-                                             is_q8 ? value_scales_ : nullptr, maxima_ + head + h,
-                                             totals_ + head + h, scores_ + (head + h) * kChunk);
+                                       : online_softmax_update(lengths[h], scale_, is_q8 ? key_scales_ : nullptr,
+                                                               is_q8 ? value_scales_ : nullptr, maxima_ + head + h,
+                                                               totals_ + head + h, scores_ + (head + h) * kChunk);
     }
     values.begin = 0;
     values.end = lengths[0];
-    accumulate_values<type, H>(scores_ + head * kChunk, corrections, values,
-                               weighted_ + head * task_.head_dim);
+    accumulate_values<type, H>(scores_ + head * kChunk, corrections, values, weighted_ + head * task_.head_dim);
     values.begin = lengths[0];
     for (int h = 1; h < H; ++h) {
       if (lengths[h] == lengths[0]) continue;
@@ -336,8 +322,7 @@ class Attend {
 
   void initialise() {
     for (int64_t head = 0; head < n_heads_; ++head) {
-      const float* q =
-          task_.q + head / task_.group * task_.ld_q + head % task_.group * task_.head_dim;
+      const float* q = task_.q + head / task_.group * task_.ld_q + head % task_.group * task_.head_dim;
       for (int64_t i = 0; i < task_.head_dim; i += 16) {
         store(queries_ + head * task_.head_dim + i, load(q + i));
         store(weighted_ + head * task_.head_dim + i, splat(0));
@@ -395,13 +380,12 @@ void attend(const AttendTask& task) {
   }
 }
 
-void combine_splits(const float* weighted, const float* total, const float* maximum,
-                    int64_t n_splits, int64_t head_dim, float* out) {
+void combine_splits(const float* weighted, const float* total, const float* maximum, int64_t n_splits, int64_t head_dim,
+                    float* out) {
   float max = maximum[0];
   for (int64_t s = 1; s < n_splits; ++s) max = maximum[s] > max ? maximum[s] : max;
   alignas(64) float factor[kSplits];
-  for (int64_t s = 0; s < kSplits; ++s)
-    factor[s] = s < n_splits ? maximum[s] - max : -__builtin_inff();
+  for (int64_t s = 0; s < kSplits; ++s) factor[s] = s < n_splits ? maximum[s] - max : -__builtin_inff();
   static_assert(kSplits == 16);
   store(factor, exp(load(factor)));
   float all = 0;
@@ -409,8 +393,7 @@ void combine_splits(const float* weighted, const float* total, const float* maxi
   const Lanes scale = splat(1 / all);
   for (int64_t i = 0; i < head_dim; i += 16) {
     Lanes value = splat(0);
-    for (int64_t s = 0; s < n_splits; ++s)
-      value = fma(splat(factor[s]), load(weighted + s * head_dim + i), value);
+    for (int64_t s = 0; s < n_splits; ++s) value = fma(splat(factor[s]), load(weighted + s * head_dim + i), value);
     store(out + i, mul(value, scale));
   }
 }

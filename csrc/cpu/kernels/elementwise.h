@@ -33,8 +33,7 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
   for (int64_t i = 0; i < n; i += 16) squares = fma(load(x + i), load(x + i), squares);
   const float mean = reduce_add(squares) / static_cast<float>(n);
   const Lanes scale = splat(1 / __builtin_sqrtf(mean + eps));
-  for (int64_t i = 0; i < n; i += 16)
-    store(out + i, mul(load(weight + i), mul(load(x + i), scale)));
+  for (int64_t i = 0; i < n; i += 16) store(out + i, mul(load(weight + i), mul(load(x + i), scale)));
 }
 
 void swiglu(const float* gate, const float* up, int64_t n, float* out) {

@@ -30,8 +30,8 @@ namespace {
 // which may be empty. The bytes at ahead + i are read kPrefetchL2Distance after those at panel + i: they are in
 // this panel (first part) or in the panel at `next` (second part).
 template <class Body>
-inline void stream_panel(const std::byte* panel, int64_t bytes, const std::byte* next,
-                         int64_t steps, int64_t step_bytes, Body body) {
+inline void stream_panel(const std::byte* panel, int64_t bytes, const std::byte* next, int64_t steps,
+                         int64_t step_bytes, Body body) {
   const int64_t first_part = steps - (kPrefetchL2Distance + step_bytes - 1) / step_bytes;
   const int64_t middle = first_part < 0 ? 0 : first_part;
   body(0, middle, panel + kPrefetchL2Distance);
@@ -40,8 +40,8 @@ inline void stream_panel(const std::byte* panel, int64_t bytes, const std::byte*
 
 // out[r] = sum over k of weights * x[r], for R rows and the 16 outputs of one panel of floats.
 template <Format format, int R>
-inline void accumulate_floats(const std::byte* panel, int64_t k, const float* x,
-                              const std::byte* next, Lanes (&out)[R]) {
+inline void accumulate_floats(const std::byte* panel, int64_t k, const float* x, const std::byte* next,
+                              Lanes (&out)[R]) {
   Lanes even[R], odd[R];
   for (int r = 0; r < R; ++r) even[r] = odd[r] = splat(0);
   const auto add_columns = [&](Lanes first, Lanes second, const float* columns) {
@@ -76,8 +76,7 @@ template <Format format, int R>
 struct BlockSums {
   Ints sum[R][sum_parts(R)];
 
-  BlockSums(const std::byte* quants, const std::byte* ahead, const int32_t* x,
-            const int32_t* minus_sums, int64_t k) {
+  BlockSums(const std::byte* quants, const std::byte* ahead, const int32_t* x, const int32_t* minus_sums, int64_t k) {
     for (int r = 0; r < R; ++r) {
       for (Ints& part : sum[r]) part = zero();
       if constexpr (format != Format::q4_1)
@@ -106,8 +105,8 @@ struct BlockSums {
 // The same for quantised weights. With the scale d and the minimum m of a q4_1 block
 // sum(x (d q + m)) = d sum(x q) + m sum(x), and sum(x) is the same for all outputs.
 template <Format format, int R>
-inline void accumulate_quantised(const std::byte* panel, int64_t k, const Activations& x,
-                                 const std::byte* next, Lanes (&out)[R]) {
+inline void accumulate_quantised(const std::byte* panel, int64_t k, const Activations& x, const std::byte* next,
+                                 Lanes (&out)[R]) {
   const int64_t n_blocks = k / kBlock;
   for (int r = 0; r < R; ++r) out[r] = splat(0);
   const auto body = [&](int64_t begin, int64_t end, const std::byte* ahead) {
@@ -115,12 +114,11 @@ inline void accumulate_quantised(const std::byte* panel, int64_t k, const Activa
       const int64_t quants = quants_at(format, b);
       const int64_t scales = scales_at(format, b);
       if (b % blocks_per_line(format) == 0) prefetch(ahead + scales, panel + scales);
-      const BlockSums<format, R> block(panel + quants, ahead + quants, x.quants + b * (kBlock / 2),
-                                       x.minus_sums + b, k);
+      const BlockSums<format, R> block(panel + quants, ahead + quants, x.quants + b * (kBlock / 2), x.minus_sums + b,
+                                       k);
       const Lanes scale = load_f16(panel + scales);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-        out[r] = fma(mul(scale, splat(x.scales[r * n_blocks + b])), block.of_row(r), out[r]);
+      for (int r = 0; r < R; ++r) out[r] = fma(mul(scale, splat(x.scales[r * n_blocks + b])), block.of_row(r), out[r]);
       if constexpr (format == Format::q4_1) {
         const Lanes minimum = load_f16(panel + scales + 32);
 #pragma GCC unroll 16
@@ -128,13 +126,12 @@ inline void accumulate_quantised(const std::byte* panel, int64_t k, const Activa
       }
     }
   };
-  stream_panel(panel, panel_bytes(format, k), next, n_blocks,
-               block_scale_bytes(format) + block_quant_bytes(format), body);
+  stream_panel(panel, panel_bytes(format, k), next, n_blocks, block_scale_bytes(format) + block_quant_bytes(format),
+               body);
 }
 
 template <Format format, int R>
-void gemm_rows(const std::byte* panel, int64_t k, const Activations& x, const std::byte* next,
-               float* out) {
+void gemm_rows(const std::byte* panel, int64_t k, const Activations& x, const std::byte* next, float* out) {
   Lanes sums[R];
   if constexpr (is_quantised(format))
     accumulate_quantised<format>(panel, k, x, next, sums);
@@ -144,8 +141,7 @@ void gemm_rows(const std::byte* panel, int64_t k, const Activations& x, const st
 }
 
 template <Format format>
-using RowsFunction = void (*)(const std::byte*, int64_t, const Activations&, const std::byte*,
-                              float*);
+using RowsFunction = void (*)(const std::byte*, int64_t, const Activations&, const std::byte*, float*);
 
 // gemm_rows<format, rows>. Index: 0, 1, ...
 template <Format format, int... Index>
@@ -155,8 +151,8 @@ inline RowsFunction<format> rows_function(int64_t rows, std::integer_sequence<in
 }
 
 template <Format format>
-void gemm_format(const Matrix& matrix, int64_t panel, int64_t panels, const Activations& x,
-                 int64_t rows, const std::byte* next, float* out) {
+void gemm_format(const Matrix& matrix, int64_t panel, int64_t panels, const Activations& x, int64_t rows,
+                 const std::byte* next, float* out) {
   constexpr int64_t max_height = max_rows(is_quantised(format));
   for (int64_t p = 0; p < panels; ++p) {
     const std::byte* weights = matrix.panel(panel + p);
@@ -165,10 +161,8 @@ void gemm_format(const Matrix& matrix, int64_t panel, int64_t panels, const Acti
     int64_t groups = (rows + max_height - 1) / max_height;
     for (int64_t r = 0; r < rows; --groups) {
       const int64_t height = (rows - r + groups - 1) / groups;
-      const auto function =
-          rows_function<format>(height, std::make_integer_sequence<int, max_height>());
-      function(weights, matrix.k, x.from_row(r, matrix.k), next_panel,
-               out + r * kTileRows + p * kPanelRows);
+      const auto function = rows_function<format>(height, std::make_integer_sequence<int, max_height>());
+      function(weights, matrix.k, x.from_row(r, matrix.k), next_panel, out + r * kTileRows + p * kPanelRows);
       r += height;
     }
   }
@@ -192,8 +186,7 @@ void gemm(const Matrix& matrix, int64_t panel, int64_t panels, const Activations
   }
 }
 
-void quantise(const float* x, int64_t n, int32_t* quants, float* scales, float* sums,
-              int32_t* minus_sums) {
+void quantise(const float* x, int64_t n, int32_t* quants, float* scales, float* sums, int32_t* minus_sums) {
   for (int64_t b = 0; b < n / kBlock; ++b) {
     const Lanes low = load(x + b * kBlock);
     const Lanes high = load(x + b * kBlock + 16);

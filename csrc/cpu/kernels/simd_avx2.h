@@ -117,13 +117,11 @@ inline Raw load_raw(const std::byte* p) {
   return {load_256(p), load_256(p + 32)};
 }
 inline Lanes bf16_even(Raw raw) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(raw.lo, 16)),
-          _mm256_castsi256_ps(_mm256_slli_epi32(raw.hi, 16))};
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(raw.lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(raw.hi, 16))};
 }
 inline Lanes bf16_odd(Raw raw) {
   const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
-  return {_mm256_castsi256_ps(_mm256_and_si256(raw.lo, upper)),
-          _mm256_castsi256_ps(_mm256_and_si256(raw.hi, upper))};
+  return {_mm256_castsi256_ps(_mm256_and_si256(raw.lo, upper)), _mm256_castsi256_ps(_mm256_and_si256(raw.hi, upper))};
 }
 
 inline Lanes as_floats(Raw raw) {
@@ -204,26 +202,21 @@ inline Lanes to_float(Ints a) {
 template <int first, int count>
 inline __m256i bits_of(__m256i words) {
   if constexpr (first > 0) words = _mm256_srli_epi16(words, first);
-  if constexpr (first + count < 16)
-    words = _mm256_and_si256(words, _mm256_set1_epi16((1 << count) - 1));
+  if constexpr (first + count < 16) words = _mm256_and_si256(words, _mm256_set1_epi16((1 << count) - 1));
   return words;
 }
 inline Quads bytes(Raw raw) {
-  return {bits_of<0, 8>(raw.lo), bits_of<0, 8>(raw.hi), bits_of<8, 8>(raw.lo),
-          bits_of<8, 8>(raw.hi)};
+  return {bits_of<0, 8>(raw.lo), bits_of<0, 8>(raw.hi), bits_of<8, 8>(raw.lo), bits_of<8, 8>(raw.hi)};
 }
 inline Quads low_nibbles(Raw raw) {
-  return {bits_of<0, 4>(raw.lo), bits_of<0, 4>(raw.hi), bits_of<8, 4>(raw.lo),
-          bits_of<8, 4>(raw.hi)};
+  return {bits_of<0, 4>(raw.lo), bits_of<0, 4>(raw.hi), bits_of<8, 4>(raw.lo), bits_of<8, 4>(raw.hi)};
 }
 inline Quads high_nibbles(Raw raw) {
-  return {bits_of<4, 4>(raw.lo), bits_of<4, 4>(raw.hi), bits_of<12, 4>(raw.lo),
-          bits_of<12, 4>(raw.hi)};
+  return {bits_of<4, 4>(raw.lo), bits_of<4, 4>(raw.hi), bits_of<12, 4>(raw.lo), bits_of<12, 4>(raw.hi)};
 }
 inline Ints dot(Ints a, __m256i lo, __m256i hi, int32_t pair) {
   const __m256i x = _mm256_set1_epi32(pair);
-  return {_mm256_add_epi32(a.lo, _mm256_madd_epi16(lo, x)),
-          _mm256_add_epi32(a.hi, _mm256_madd_epi16(hi, x))};
+  return {_mm256_add_epi32(a.lo, _mm256_madd_epi16(lo, x)), _mm256_add_epi32(a.hi, _mm256_madd_epi16(hi, x))};
 }
 // The first word holds the first and third activation, the second word the second and fourth.
 template <int parts>
@@ -232,8 +225,8 @@ inline void dot(Ints (&sums)[parts], Quads weights, const int32_t* x) {
   sums[parts - 1] = dot(sums[parts - 1], weights.odd_lo, weights.odd_hi, x[1]);
 }
 inline void store_quants(int32_t* p, Lanes a) {
-  const __m256i halves = _mm256_permute4x64_epi64(
-      _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)), 0xD8);
+  const __m256i halves =
+      _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)), 0xD8);
   const __m256i ordered = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(halves, 0xD8), 0xD8);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), ordered);
 }

@@ -182,8 +182,7 @@ inline void dot(Ints (&sums)[2], Quads weights, const int32_t* x) {
 inline void store_quants(int32_t* p, Lanes a) {
   const __m512i whole = _mm512_cvtps_epi32(a.v);
   const __m128i lower = _mm512_cvtepi32_epi8(whole);
-  const __m128i upper =
-      _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8));
+  const __m128i upper = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi32(lower, upper));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 4), _mm_unpackhi_epi32(lower, upper));
 }

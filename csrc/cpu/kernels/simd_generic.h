@@ -85,8 +85,7 @@ inline Lanes round(Lanes a) {
 }
 // 2^n for an integral n in [-126, 127]
 inline Lanes power_of_2(Lanes n) {
-  return each(
-      [&](int i) { return std::bit_cast<float>((static_cast<int32_t>(n.v[i]) + 127) << 23); });
+  return each([&](int i) { return std::bit_cast<float>((static_cast<int32_t>(n.v[i]) + 127) << 23); });
 }
 inline float reduce_add(Lanes a) {
   for (int half = 8; half > 0; half /= 2)
@@ -192,8 +191,7 @@ inline Quads high_nibbles(const Raw& raw) {
 inline void dot(Ints (&sums)[1], const Quads& weights, const int32_t* x) {
   for (int j = 0; j < 4; ++j) {
     const auto activation = static_cast<int16_t>(x[j / 2] >> (j % 2 * 16));
-    for (int i = 0; i < 16; ++i)
-      sums[0].v[i] += static_cast<int32_t>(weights.v[i] >> (8 * j) & 255) * activation;
+    for (int i = 0; i < 16; ++i) sums[0].v[i] += static_cast<int32_t>(weights.v[i] >> (8 * j) & 255) * activation;
   }
 }
 // Stores 16 integral floats as 16-bit integers in 8 words.

@@ -10,8 +10,7 @@ namespace recycle {
 
 struct AttentionParams {
   int64_t batch = 0;
-  int64_t n_rows =
-      0;  // query rows of a sequence, at positions lengths[b] .. lengths[b] + n_rows - 1
+  int64_t n_rows = 0;  // query rows of a sequence, at positions lengths[b] .. lengths[b] + n_rows - 1
   int64_t n_heads = 0, n_kv_heads = 0, head_dim = 0;
   const float* q = nullptr;          // [batch, n_rows, n_heads, head_dim], before norm and RoPE
   const float* k = nullptr;          // [batch, n_rows, n_kv_heads, head_dim]
@@ -26,8 +25,8 @@ struct AttentionParams {
   std::byte* scratch = nullptr;  // attention_scratch_bytes()
 };
 
-int64_t attention_scratch_bytes(int64_t batch, int64_t n_rows, int64_t n_heads, int64_t n_kv_heads,
-                                int64_t head_dim, int n_threads);
+int64_t attention_scratch_bytes(int64_t batch, int64_t n_rows, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,
+                                int n_threads);
 void attention_decode(const AttentionParams& params);
 
 }  // namespace recycle

@@ -37,9 +37,9 @@ struct DecodeState {
   Mode mode = Mode::standard;
   Sampling sampling;  // seeds: [batch]
   KvCache base_cache;
-  KvCache module_cache;        // unused in standard mode
-  int64_t* pending = nullptr;  // [batch, k + 1]; pending[b][0] < 0: the sequence is idle
-  int64_t* lengths = nullptr;  // [2, batch] positions in the cache: the base model's, the module's
+  KvCache module_cache;          // unused in standard mode
+  int64_t* pending = nullptr;    // [batch, k + 1]; pending[b][0] < 0: the sequence is idle
+  int64_t* lengths = nullptr;    // [2, batch] positions in the cache: the base model's, the module's
   float* draft_probs = nullptr;  // [batch, k, draft vocabulary]; sampled verify mode only
   std::byte* scratch = nullptr;  // decode_scratch_bytes()
 
@@ -48,8 +48,7 @@ struct DecodeState {
 };
 
 // Bytes of scratch for decode_step() and prefill() with this number of threads.
-int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t num_draft_tokens,
-                             bool greedy, int n_threads);
+int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t num_draft_tokens, bool greedy, int n_threads);
 
 // tokens: [batch, k + 1], the accepted draft tokens, one token of the base model's own, then -1.
 // counts: [batch], how many tokens of a row count. On an error, pending and lengths are unchanged.

@@ -87,8 +87,7 @@ constexpr int64_t blocks_per_line(Format format) {
 // Bytes from the start of a panel to a block's scales, and to its quants.
 constexpr int64_t scales_at(Format format, int64_t block) {
   const int64_t blocks = blocks_per_line(format);
-  return block / blocks * (kAlign + blocks * block_quant_bytes(format)) +
-         block % blocks * block_scale_bytes(format);
+  return block / blocks * (kAlign + blocks * block_quant_bytes(format)) + block % blocks * block_scale_bytes(format);
 }
 constexpr int64_t quants_at(Format format, int64_t block) {
   const int64_t lines = block / blocks_per_line(format) + 1;
@@ -157,18 +156,14 @@ struct Matrix {
   int64_t n = 0;  // outputs
   int64_t k = 0;  // inputs
 
-  constexpr const std::byte* panel(int64_t index) const {
-    return data + index * panel_bytes(format, k);
-  }
+  constexpr const std::byte* panel(int64_t index) const { return data + index * panel_bytes(format, k); }
 };
 
 // Weight i of a block of the panel's row `lane` (see weight_at()), as float32.
-RECYCLE_HOST_DEVICE inline float read_weight(Format format, const std::byte* panel, int64_t lane,
-                                             int64_t block, int64_t i) {
+RECYCLE_HOST_DEVICE inline float read_weight(Format format, const std::byte* panel, int64_t lane, int64_t block,
+                                             int64_t i) {
   const std::byte* at = panel + weight_at(format, lane, block, i);
-  const auto half = [](const std::byte* p) {
-    return half_to_float(*reinterpret_cast<const uint16_t*>(p));
-  };
+  const auto half = [](const std::byte* p) { return half_to_float(*reinterpret_cast<const uint16_t*>(p)); };
   if (format == Format::f32) return *reinterpret_cast<const float*>(at);
   if (format == Format::f16) return half(at);
   if (format == Format::bf16) return bf16_to_float(*reinterpret_cast<const uint16_t*>(at));
@@ -177,19 +172,17 @@ RECYCLE_HOST_DEVICE inline float read_weight(Format format, const std::byte* pan
   const int byte = static_cast<int>(*at);
   if (format == Format::q8_0) return scale * static_cast<float>(byte - 128);
   const auto nibble = static_cast<float>(i % 8 < 4 ? byte & 15 : byte >> 4);
-  return format == Format::q4_0 ? scale * (nibble - 8)
-                                : scale * nibble + half(scales + kPanelRows * 2);
+  return format == Format::q4_0 ? scale * (nibble - 8) : scale * nibble + half(scales + kPanelRows * 2);
 }
 
 RECYCLE_HOST_DEVICE inline float read_weight(const Matrix& matrix, int64_t row, int64_t k) {
   const int64_t size = k_multiple(matrix.format);
-  return read_weight(matrix.format, matrix.panel(row / kPanelRows), row % kPanelRows, k / size,
-                     k % size);
+  return read_weight(matrix.format, matrix.panel(row / kPanelRows), row % kPanelRows, k / size, k % size);
 }
 
 // Packs rows [row_begin, row_begin + rows) of a matrix into `packed`. `rows_data` holds these rows one after
 // the other, row_bytes() each. `row_begin` is a multiple of 16; the last panel is completed with zero rows.
-void pack_rows(Format format, int64_t k, int64_t row_begin, int64_t rows,
-               const std::byte* rows_data, std::byte* packed);
+void pack_rows(Format format, int64_t k, int64_t row_begin, int64_t rows, const std::byte* rows_data,
+               std::byte* packed);
 
 }  // namespace recycle

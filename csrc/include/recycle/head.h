@@ -33,12 +33,11 @@ struct HeadParams {
   Sampling sampling;                   // seeds: [n_rows]
   const int64_t* positions = nullptr;  // [n_rows], the counter of the random draw
   int64_t* tokens = nullptr;           // [n_rows]
-  float* log_probs = nullptr;    // [n_rows] log softmax(logits)[token], before temperature and cuts
-  std::byte* scratch = nullptr;  // head_scratch_bytes()
+  float* log_probs = nullptr;          // [n_rows] log softmax(logits)[token], before temperature and cuts
+  std::byte* scratch = nullptr;        // head_scratch_bytes()
 };
 
-int64_t head_scratch_bytes(int64_t n_rows, int64_t hidden, int64_t n_vocab, bool greedy,
-                           int n_threads);
+int64_t head_scratch_bytes(int64_t n_rows, int64_t hidden, int64_t n_vocab, bool greedy, int n_threads);
 Status recycle_head(const HeadParams& params);
 
 }  // namespace recycle

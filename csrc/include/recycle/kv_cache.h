@@ -13,9 +13,7 @@ enum class CacheType : int32_t { f32 = 0, bf16 = 1, q8 = 2 };
 inline constexpr int64_t kScaleBytes = 4;
 
 constexpr int64_t cache_row_bytes(CacheType type, int64_t head_dim) {
-  return type == CacheType::f32    ? head_dim * 4
-         : type == CacheType::bf16 ? head_dim * 2
-                                   : head_dim + kScaleBytes;
+  return type == CacheType::f32 ? head_dim * 4 : type == CacheType::bf16 ? head_dim * 2 : head_dim + kScaleBytes;
 }
 
 struct KvCache {

@@ -77,7 +77,7 @@ struct Model {
 // Reads a plan, once for each op call: kernels only see the result. Every offset and size is checked against
 // `weights_bytes`, so that no kernel reads outside the buffer. Returns null, or what is wrong. readable: false
 // for weights in GPU memory, whose values (the draft vocabulary) can't be checked here.
-const char* read_plan(const int64_t* plan, int64_t plan_length, const std::byte* weights,
-                      int64_t weights_bytes, Model* model, bool readable = true);
+const char* read_plan(const int64_t* plan, int64_t plan_length, const std::byte* weights, int64_t weights_bytes,
+                      Model* model, bool readable = true);
 
 }  // namespace recycle
