@@ -154,9 +154,7 @@ std::tuple<Tensor, Tensor> finish_prefill(const Tensor& weights, const Tensor& p
               sequence);
 }
 
-bool knows_streams() {
-  return stream_function() != nullptr;
-}
+bool knows_streams() { return stream_function() != nullptr; }
 
 int64_t gpu_scratch_bytes(const Tensor& plan, int64_t weights_bytes, int64_t batch, int64_t num_draft_tokens,
                           bool greedy, int64_t gpu) {

@@ -21,9 +21,7 @@ namespace recycle {
 
 namespace {
 
-int64_t n_tiles(int64_t n) {
-  return (n + kTileRows - 1) / kTileRows;
-}
+int64_t n_tiles(int64_t n) { return (n + kTileRows - 1) / kTileRows; }
 
 // Writes this thread's share of the logits, or of what greedy decoding keeps of them.
 void run_tiles(const Team& team, const Matrix& head, const float* x, int64_t rows, bool greedy,

@@ -223,9 +223,7 @@ int n_threads() {
   return wanted > 0 ? wanted : available_cores() < kMaxThreads ? available_cores() : kMaxThreads;
 }
 
-void set_n_threads(int n) {
-  wanted_threads.store(n, std::memory_order_relaxed);
-}
+void set_n_threads(int n) { wanted_threads.store(n, std::memory_order_relaxed); }
 
 void parallel(ParallelFunction function, void* context) {
 #if defined(__linux__)

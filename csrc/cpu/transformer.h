@@ -14,9 +14,7 @@
 
 namespace recycle {
 
-inline AttentionShape attention_shape(const Stack& stack) {
-  return {stack.n_heads, stack.n_kv_heads, stack.head_dim};
-}
+inline AttentionShape attention_shape(const Stack& stack) { return {stack.n_heads, stack.n_kv_heads, stack.head_dim}; }
 
 // The arrays that one thread uses alone.
 struct ThreadScratch {

@@ -27,28 +27,18 @@ constexpr int kWarps = kThreads / kWarp;
 template <class T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 
-RECYCLE_DEVICE float to_float(float value) {
-  return value;
-}
-RECYCLE_DEVICE float to_float(uint16_t value) {
-  return bf16_to_float(value);
-}
+RECYCLE_DEVICE float to_float(float value) { return value; }
+RECYCLE_DEVICE float to_float(uint16_t value) { return bf16_to_float(value); }
 
 // Two neighbours as floats.
-RECYCLE_DEVICE float2 load_two(const float* from) {
-  return *reinterpret_cast<const float2*>(from);
-}
+RECYCLE_DEVICE float2 load_two(const float* from) { return *reinterpret_cast<const float2*>(from); }
 RECYCLE_DEVICE float2 load_two(const uint16_t* from) {
   const uint32_t word = *reinterpret_cast<const uint32_t*>(from);
   return {std::bit_cast<float>(word << 16), std::bit_cast<float>(word & 0xFFFF0000u)};
 }
 
-RECYCLE_DEVICE void store(float value, float* to) {
-  *to = value;
-}
-RECYCLE_DEVICE void store(float value, uint16_t* to) {
-  *to = to_bf16(value);
-}
+RECYCLE_DEVICE void store(float value, float* to) { *to = value; }
+RECYCLE_DEVICE void store(float value, uint16_t* to) { *to = to_bf16(value); }
 
 // Elements from row to row of a tile: 16 bytes more than a row, so that threads which read the same column of
 // different rows use different banks of shared memory.

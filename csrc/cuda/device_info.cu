@@ -48,8 +48,6 @@ OnGpu::~OnGpu() {
   if (before_ >= 0) cudaSetDevice(before_);
 }
 
-const char* last_error() {
-  return cudaGetErrorString(cudaGetLastError());
-}
+const char* last_error() { return cudaGetErrorString(cudaGetLastError()); }
 
 }  // namespace recycle::cuda

@@ -29,12 +29,8 @@ RECYCLE_DEVICE T* shared_memory() {
   return reinterpret_cast<T*>(recycle_shared);
 }
 
-RECYCLE_DEVICE float shuffle_xor(float value, int mask) {
-  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
-}
-RECYCLE_DEVICE int shuffle_xor(int value, int mask) {
-  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
-}
+RECYCLE_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
+RECYCLE_DEVICE int shuffle_xor(int value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 
 // 16 bytes that no kernel of a step writes and that a step reads once: the load bypasses the L1 cache.
 RECYCLE_DEVICE uint4 load_weights(const std::byte* from) {
@@ -51,9 +47,7 @@ RECYCLE_DEVICE uint2 load_weights_8(const std::byte* from) {
   return value;
 }
 
-RECYCLE_DEVICE float from_half(uint16_t half) {
-  return __half2float(__ushort_as_half(half));
-}
+RECYCLE_DEVICE float from_half(uint16_t half) { return __half2float(__ushort_as_half(half)); }
 
 // Allows the next kernel of the stream to start.
 RECYCLE_DEVICE void launch_dependents() {

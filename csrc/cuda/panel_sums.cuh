@@ -24,9 +24,7 @@ inline constexpr int kUnroll = 4;
 inline constexpr int kMixed = -1;
 
 // A small integer to float without the slow conversion: 0x4B000000 is 2^23 as a float, with zeros for low bits.
-RECYCLE_DEVICE float small_to_float(uint32_t value) {
-  return std::bit_cast<float>(0x4B000000u | value) - 8388608.0f;
-}
+RECYCLE_DEVICE float small_to_float(uint32_t value) { return std::bit_cast<float>(0x4B000000u | value) - 8388608.0f; }
 
 // A thread's sums for a panel of each of M matrices and R rows. kFormat: the format of all matrices, or kMixed.
 template <int R, int M, int kFormat>

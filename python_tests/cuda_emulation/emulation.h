@@ -200,9 +200,7 @@ inline uint2 load_weights_8(const std::byte* from) {
   std::memcpy(&value, from, sizeof value);
   return value;
 }
-inline float from_half(uint16_t half) {
-  return half_to_float(half);
-}
+inline float from_half(uint16_t half) { return half_to_float(half); }
 inline void launch_dependents() {}
 inline void grid_dependency_wait() {}
 inline void prefetch(const std::byte*, int64_t) {}
@@ -222,9 +220,7 @@ bool launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int64_t share
 #define blockDim (dim3(::recycle::cuda::Emulator::get().threads_))
 #define gridDim (::recycle::cuda::Emulator::get().grid_)
 
-inline void __syncthreads() {
-  ::recycle::cuda::Emulator::get().block_barrier();
-}
+inline void __syncthreads() { ::recycle::cuda::Emulator::get().block_barrier(); }
 
 template <class T>
 T atomicAdd(T* at, T value) {

@@ -15,9 +15,7 @@ namespace {
 constexpr int64_t kPrefetchL2Distance = 8192;
 constexpr int64_t kPrefetchL1Distance = 640;
 
-inline void prefetch_l2(const std::byte* p) {
-  __builtin_prefetch(p, 0, 2);
-}
+inline void prefetch_l2(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
 
 // current: the cache line read now. ahead: the line read kPrefetchL2Distance bytes later.
 inline void prefetch(const std::byte* ahead, const std::byte* current) {

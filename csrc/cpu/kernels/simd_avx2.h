@@ -18,31 +18,19 @@ struct Raw {
 
 // Rows that gemm() works on together. 16 registers, two for 16 lanes: 2 rows * even and odd sums, or 4 rows * one
 // integer sum, are 8; the weights need the rest. With 3 and 6 rows GCC spills sums, at half the speed.
-constexpr int max_rows(bool quantised) {
-  return quantised ? 4 : 2;
-}
+constexpr int max_rows(bool quantised) { return quantised ? 4 : 2; }
 // Attention's tile: heads whose sums it keeps together, and for each head vectors of 16 elements of values (an even
 // number). 16 registers: 1 head * 4 vectors, or 2 heads * 2, are 8 registers of sums;
 // the loaded values and weights need the rest.
-constexpr int max_heads() {
-  return 2;
-}
-constexpr int value_vectors(int heads) {
-  return heads == 1 ? 4 : 2;
-}
+constexpr int max_heads() { return 2; }
+constexpr int value_vectors(int heads) { return heads == 1 ? 4 : 2; }
 
 // Blocks of 16 keys whose scores are computed together, at most kMaxKeyBlocks: 2 heads * even and odd sums * 2
 // registers are 8; a second block would need 16.
-constexpr int key_blocks() {
-  return 1;
-}
+constexpr int key_blocks() { return 1; }
 
-inline Lanes splat(float x) {
-  return {_mm256_set1_ps(x), _mm256_set1_ps(x)};
-}
-inline Lanes load(const float* p) {
-  return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
-}
+inline Lanes splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline void store(float* p, Lanes a) {
   _mm256_storeu_ps(p, a.lo);
   _mm256_storeu_ps(p + 8, a.hi);
@@ -50,21 +38,11 @@ inline void store(float* p, Lanes a) {
 inline Lanes fma(Lanes a, Lanes b, Lanes c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
-inline Lanes add(Lanes a, Lanes b) {
-  return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
-}
-inline Lanes sub(Lanes a, Lanes b) {
-  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
-}
-inline Lanes mul(Lanes a, Lanes b) {
-  return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
-}
-inline Lanes div(Lanes a, Lanes b) {
-  return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
-}
-inline Lanes max(Lanes a, Lanes b) {
-  return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
-}
+inline Lanes add(Lanes a, Lanes b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+inline Lanes sub(Lanes a, Lanes b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+inline Lanes mul(Lanes a, Lanes b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline Lanes div(Lanes a, Lanes b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+inline Lanes max(Lanes a, Lanes b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 inline Lanes keep_above(Lanes value, Lanes x, float limit) {
   const __m256 limits = _mm256_set1_ps(limit);
   return {_mm256_and_ps(value.lo, _mm256_cmp_ps(x.lo, limits, _CMP_GE_OQ)),
@@ -78,9 +56,7 @@ inline __m256 power_of_2(__m256 n) {
   const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
   return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
 }
-inline Lanes power_of_2(Lanes n) {
-  return {power_of_2(n.lo), power_of_2(n.hi)};
-}
+inline Lanes power_of_2(Lanes n) { return {power_of_2(n.lo), power_of_2(n.hi)}; }
 inline float reduce_add(Lanes a) {
   const __m256 eight = _mm256_add_ps(a.lo, a.hi);
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -94,28 +70,20 @@ inline float reduce_max(Lanes a) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
-inline __m128i load_128(const std::byte* p) {
-  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-}
-inline __m256i load_256(const std::byte* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-}
+inline __m128i load_128(const std::byte* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+inline __m256i load_256(const std::byte* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Lanes load_bf16(const std::byte* p) {
   const __m256i lo = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(p)), 16);
   const __m256i hi = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(p + 16)), 16);
   return {_mm256_castsi256_ps(lo), _mm256_castsi256_ps(hi)};
 }
-inline Lanes load_f16(const std::byte* p) {
-  return {_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 16))};
-}
+inline Lanes load_f16(const std::byte* p) { return {_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 16))}; }
 inline Lanes load_int8(const std::byte* p) {
   const __m128i bytes = load_128(p);
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
           _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
 }
-inline Raw load_raw(const std::byte* p) {
-  return {load_256(p), load_256(p + 32)};
-}
+inline Raw load_raw(const std::byte* p) { return {load_256(p), load_256(p + 32)}; }
 inline Lanes bf16_even(Raw raw) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(raw.lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(raw.hi, 16))};
 }
@@ -124,9 +92,7 @@ inline Lanes bf16_odd(Raw raw) {
   return {_mm256_castsi256_ps(_mm256_and_si256(raw.lo, upper)), _mm256_castsi256_ps(_mm256_and_si256(raw.hi, upper))};
 }
 
-inline Lanes as_floats(Raw raw) {
-  return {_mm256_castsi256_ps(raw.lo), _mm256_castsi256_ps(raw.hi)};
-}
+inline Lanes as_floats(Raw raw) { return {_mm256_castsi256_ps(raw.lo), _mm256_castsi256_ps(raw.hi)}; }
 template <int b>
 inline __m256 byte_of(__m256i words) {
   if constexpr (b < 3) words = _mm256_slli_epi32(words, 24 - 8 * b);
@@ -178,26 +144,18 @@ struct Quads {
 };
 
 // One or two rows leave registers for two independent sums, which shortens the chain of additions.
-constexpr int sum_parts(int rows) {
-  return rows <= 2 ? 2 : 1;
-}
-inline Ints zero() {
-  return {_mm256_setzero_si256(), _mm256_setzero_si256()};
-}
+constexpr int sum_parts(int rows) { return rows <= 2 ? 2 : 1; }
+inline Ints zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 template <int bits>
 inline Ints shifted_left(int32_t x) {
   const __m256i shifted = _mm256_slli_epi32(_mm256_set1_epi32(x), bits);
   return {shifted, shifted};
 }
-inline Ints total(const Ints (&sums)[1]) {
-  return sums[0];
-}
+inline Ints total(const Ints (&sums)[1]) { return sums[0]; }
 inline Ints total(const Ints (&sums)[2]) {
   return {_mm256_add_epi32(sums[0].lo, sums[1].lo), _mm256_add_epi32(sums[0].hi, sums[1].hi)};
 }
-inline Lanes to_float(Ints a) {
-  return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)};
-}
+inline Lanes to_float(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 // Bits first .. first + count - 1 of each 16-bit half.
 template <int first, int count>
 inline __m256i bits_of(__m256i words) {

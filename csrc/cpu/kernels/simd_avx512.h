@@ -19,57 +19,29 @@ struct Raw {
 
 // Rows that gemm() works on together. 32 registers: 12 rows * even and odd sums are 24; quantised, 8 rows * two integer
 // sums and the float sum are 24; the weights need the rest.
-constexpr int max_rows(bool quantised) {
-  return quantised ? 8 : 12;
-}
+constexpr int max_rows(bool quantised) { return quantised ? 8 : 12; }
 // Attention's tile: heads whose sums it keeps together, and for each head vectors of 16 elements of values (an even
 // number). 32 registers: 6 heads * 4 vectors are 24 sums; the loaded values and weights need the rest.
-constexpr int max_heads() {
-  return 6;
-}
-constexpr int value_vectors(int) {
-  return 4;
-}
+constexpr int max_heads() { return 6; }
+constexpr int value_vectors(int) { return 4; }
 
 // Blocks of 16 keys whose scores are computed together, at most kMaxKeyBlocks: 6 heads * even and odd sums * 2 blocks
 // are 24 of 32 registers.
-constexpr int key_blocks() {
-  return 2;
-}
+constexpr int key_blocks() { return 2; }
 
-inline Lanes splat(float x) {
-  return {_mm512_set1_ps(x)};
-}
-inline Lanes load(const float* p) {
-  return {_mm512_loadu_ps(p)};
-}
-inline void store(float* p, Lanes a) {
-  _mm512_storeu_ps(p, a.v);
-}
-inline Lanes fma(Lanes a, Lanes b, Lanes c) {
-  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
-}
-inline Lanes add(Lanes a, Lanes b) {
-  return {_mm512_add_ps(a.v, b.v)};
-}
-inline Lanes sub(Lanes a, Lanes b) {
-  return {_mm512_sub_ps(a.v, b.v)};
-}
-inline Lanes mul(Lanes a, Lanes b) {
-  return {_mm512_mul_ps(a.v, b.v)};
-}
-inline Lanes div(Lanes a, Lanes b) {
-  return {_mm512_div_ps(a.v, b.v)};
-}
-inline Lanes max(Lanes a, Lanes b) {
-  return {_mm512_max_ps(a.v, b.v)};
-}
+inline Lanes splat(float x) { return {_mm512_set1_ps(x)}; }
+inline Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, Lanes a) { _mm512_storeu_ps(p, a.v); }
+inline Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Lanes sub(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Lanes mul(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Lanes div(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Lanes max(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Lanes keep_above(Lanes value, Lanes x, float limit) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_GE_OQ), value.v)};
 }
-inline Lanes round(Lanes a) {
-  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+inline Lanes round(Lanes a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Lanes power_of_2(Lanes n) {
   const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
@@ -80,37 +52,25 @@ inline float reduce_add(Lanes a) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
-inline float reduce_max(Lanes a) {
-  return _mm512_reduce_max_ps(a.v);
-}
+inline float reduce_max(Lanes a) { return _mm512_reduce_max_ps(a.v); }
 
-inline __m256i load_256(const std::byte* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-}
+inline __m256i load_256(const std::byte* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Lanes load_bf16(const std::byte* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_256(p)), 16))};
 }
-inline Lanes load_f16(const std::byte* p) {
-  return {_mm512_cvtph_ps(load_256(p))};
-}
+inline Lanes load_f16(const std::byte* p) { return {_mm512_cvtph_ps(load_256(p))}; }
 inline Lanes load_int8(const std::byte* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
 }
-inline Raw load_raw(const std::byte* p) {
-  return {_mm512_loadu_si512(p)};
-}
-inline Lanes bf16_even(Raw raw) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(raw.v, 16))};
-}
+inline Raw load_raw(const std::byte* p) { return {_mm512_loadu_si512(p)}; }
+inline Lanes bf16_even(Raw raw) { return {_mm512_castsi512_ps(_mm512_slli_epi32(raw.v, 16))}; }
 inline Lanes bf16_odd(Raw raw) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
   return {_mm512_castsi512_ps(_mm512_and_si512(raw.v, upper))};
 }
 
-inline Lanes as_floats(Raw raw) {
-  return {_mm512_castsi512_ps(raw.v)};
-}
+inline Lanes as_floats(Raw raw) { return {_mm512_castsi512_ps(raw.v)}; }
 template <int b>
 inline Lanes byte_of(Raw raw) {
   const __m512i top = b < 3 ? _mm512_slli_epi32(raw.v, 24 - 8 * b) : raw.v;
@@ -150,31 +110,17 @@ struct Quads {
 
 // VNNI multiplies bytes, so an activation is 256 * upper byte + lower byte, both signed. The first sum is over the
 // lower bytes, the second over the upper ones.
-constexpr int sum_parts(int) {
-  return 2;
-}
-inline Ints zero() {
-  return {_mm512_setzero_si512()};
-}
+constexpr int sum_parts(int) { return 2; }
+inline Ints zero() { return {_mm512_setzero_si512()}; }
 template <int bits>
 inline Ints shifted_left(int32_t x) {
   return {_mm512_slli_epi32(_mm512_set1_epi32(x), bits)};
 }
-inline Ints total(const Ints (&sums)[2]) {
-  return {_mm512_add_epi32(sums[0].v, _mm512_slli_epi32(sums[1].v, 8))};
-}
-inline Lanes to_float(Ints a) {
-  return {_mm512_cvtepi32_ps(a.v)};
-}
-inline Quads bytes(Raw raw) {
-  return {raw.v};
-}
-inline Quads low_nibbles(Raw raw) {
-  return {_mm512_and_si512(raw.v, _mm512_set1_epi8(15))};
-}
-inline Quads high_nibbles(Raw raw) {
-  return {_mm512_and_si512(_mm512_srli_epi16(raw.v, 4), _mm512_set1_epi8(15))};
-}
+inline Ints total(const Ints (&sums)[2]) { return {_mm512_add_epi32(sums[0].v, _mm512_slli_epi32(sums[1].v, 8))}; }
+inline Lanes to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Quads bytes(Raw raw) { return {raw.v}; }
+inline Quads low_nibbles(Raw raw) { return {_mm512_and_si512(raw.v, _mm512_set1_epi8(15))}; }
+inline Quads high_nibbles(Raw raw) { return {_mm512_and_si512(_mm512_srli_epi16(raw.v, 4), _mm512_set1_epi8(15))}; }
 inline void dot(Ints (&sums)[2], Quads weights, const int32_t* x) {
   sums[0].v = _mm512_dpbusd_epi32(sums[0].v, weights.v, _mm512_set1_epi32(x[0]));
   sums[1].v = _mm512_dpbusd_epi32(sums[1].v, weights.v, _mm512_set1_epi32(x[1]));

@@ -20,22 +20,14 @@ struct Raw {
 };
 
 // Rows that gemm() works on together: 4 rows * even and odd sums * 16 floats are 512 bytes, which stay in L1.
-constexpr int max_rows(bool) {
-  return 4;
-}
+constexpr int max_rows(bool) { return 4; }
 // Attention's tile: heads whose sums it keeps together, and for each head vectors of 16 elements of values (an even
 // number). 4 heads * 2 vectors are 512 bytes of sums, which stay in L1.
-constexpr int max_heads() {
-  return 4;
-}
-constexpr int value_vectors(int) {
-  return 2;
-}
+constexpr int max_heads() { return 4; }
+constexpr int value_vectors(int) { return 2; }
 
 // Blocks of 16 keys whose scores are computed together, at most kMaxKeyBlocks.
-constexpr int key_blocks() {
-  return 1;
-}
+constexpr int key_blocks() { return 1; }
 
 template <class F>
 inline Lanes each(F f) {
@@ -52,9 +44,7 @@ inline Lanes load(const float* p) {
   std::memcpy(out.v, p, sizeof out.v);
   return out;
 }
-inline void store(float* p, Lanes a) {
-  std::memcpy(p, a.v, sizeof a.v);
-}
+inline void store(float* p, Lanes a) { std::memcpy(p, a.v, sizeof a.v); }
 // Two roundings here, one in the AVX2 and AVX-512 lanes: the only difference of results.
 inline Lanes fma(Lanes a, Lanes b, Lanes c) {
   return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
@@ -151,12 +141,8 @@ struct Quads {
 };
 
 // Independent sums that dot() keeps for each of this many rows; total() adds them.
-constexpr int sum_parts(int) {
-  return 1;
-}
-inline Ints zero() {
-  return {};
-}
+constexpr int sum_parts(int) { return 1; }
+inline Ints zero() { return {}; }
 // x * 2^bits in all lanes.
 template <int bits>
 inline Ints shifted_left(int32_t x) {
@@ -164,9 +150,7 @@ inline Ints shifted_left(int32_t x) {
   for (int32_t& lane : out.v) lane = x * (1 << bits);
   return out;
 }
-inline Ints total(const Ints (&sums)[1]) {
-  return sums[0];
-}
+inline Ints total(const Ints (&sums)[1]) { return sums[0]; }
 inline Lanes to_float(Ints a) {
   return each([&](int i) { return static_cast<float>(a.v[i]); });
 }

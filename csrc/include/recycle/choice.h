@@ -24,13 +24,9 @@ constexpr Choice verify_greedy(const int64_t* pending, int64_t num_draft_tokens,
 // Speculative sampling (Leviathan et al. 2023, arXiv 2211.17192, algorithm 1): a draft token with
 // probability q where it was drawn and p in the base model counts with probability min(1, p / q).
 // u: uniform in [0, 1).
-constexpr bool accepts_draft(float u, float p, float q) {
-  return u * q < p;
-}
+constexpr bool accepts_draft(float u, float p, float q) { return u * q < p; }
 
 // A rejected draft token is replaced by a draw from max(0, p - q), renormalised.
-constexpr float residual(float p, float q) {
-  return p - q < 0.0f ? 0.0f : p - q;
-}
+constexpr float residual(float p, float q) { return p - q < 0.0f ? 0.0f : p - q; }
 
 }  // namespace recycle

@@ -23,9 +23,7 @@ inline constexpr int64_t kPrefillRows = 64;
 
 // Free positions the caches must have for a step with k draft tokens: the base model writes k + 1 rows; the
 // module writes the confirmed rows (at most k + 1), then k - 1 rows of its own.
-constexpr int64_t positions_needed(int64_t num_draft_tokens) {
-  return num_draft_tokens > 0 ? 2 * num_draft_tokens : 1;
-}
+constexpr int64_t positions_needed(int64_t num_draft_tokens) { return num_draft_tokens > 0 ? 2 * num_draft_tokens : 1; }
 
 // The module may have read fewer positions than the base model, because standard steps leave the module out.
 // The module then continues as if the tokens in between were absent: its rows follow each other, and its

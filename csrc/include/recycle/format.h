@@ -50,39 +50,23 @@ inline constexpr int64_t kBlock = 32;      // weights that share a scale
 inline constexpr int64_t kAlign = 64;      // bytes; a cache line
 inline constexpr int64_t kTilePanels = 4;  // panels of one gemm() call: its results stay in L1
 
-constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-constexpr int64_t n_panels(int64_t n) {
-  return (n + kPanelRows - 1) / kPanelRows;
-}
+constexpr int64_t n_panels(int64_t n) { return (n + kPanelRows - 1) / kPanelRows; }
 
-constexpr bool is_quantised(Format format) {
-  return format >= Format::q8_0;
-}
+constexpr bool is_quantised(Format format) { return format >= Format::q8_0; }
 
 // k must be a multiple of this.
-constexpr int64_t k_multiple(Format format) {
-  return is_quantised(format) ? kBlock : kPanelRows;
-}
+constexpr int64_t k_multiple(Format format) { return is_quantised(format) ? kBlock : kPanelRows; }
 
 // q8_0 and q4_0: weight = scale * (quant - zero point), the zero point being 2 to this power.
-constexpr int zero_point_bits(Format format) {
-  return format == Format::q8_0 ? 7 : 3;
-}
+constexpr int zero_point_bits(Format format) { return format == Format::q8_0 ? 7 : 3; }
 
 // Quantised formats: bytes of a block's scales (and minima), bytes of its quants, and how many blocks share
 // the cache line of scales before them.
-constexpr int64_t block_scale_bytes(Format format) {
-  return kPanelRows * (format == Format::q4_1 ? 4 : 2);
-}
-constexpr int64_t block_quant_bytes(Format format) {
-  return kPanelRows * kBlock / (format == Format::q8_0 ? 1 : 2);
-}
-constexpr int64_t blocks_per_line(Format format) {
-  return kAlign / block_scale_bytes(format);
-}
+constexpr int64_t block_scale_bytes(Format format) { return kPanelRows * (format == Format::q4_1 ? 4 : 2); }
+constexpr int64_t block_quant_bytes(Format format) { return kPanelRows * kBlock / (format == Format::q8_0 ? 1 : 2); }
+constexpr int64_t blocks_per_line(Format format) { return kAlign / block_scale_bytes(format); }
 
 // Bytes from the start of a panel to a block's scales, and to its quants.
 constexpr int64_t scales_at(Format format, int64_t block) {
@@ -128,9 +112,7 @@ constexpr int64_t panel_bytes(Format format, int64_t k) {
   return 0;
 }
 
-constexpr int64_t matrix_bytes(Format format, int64_t n, int64_t k) {
-  return n_panels(n) * panel_bytes(format, k);
-}
+constexpr int64_t matrix_bytes(Format format, int64_t n, int64_t k) { return n_panels(n) * panel_bytes(format, k); }
 
 // Bytes of one row before packing: plain elements, or GGUF blocks.
 constexpr int64_t row_bytes(Format format, int64_t k) {

@@ -6,9 +6,7 @@
 
 namespace recycle {
 
-constexpr float bf16_to_float(uint16_t value) {
-  return std::bit_cast<float>(static_cast<uint32_t>(value) << 16);
-}
+constexpr float bf16_to_float(uint16_t value) { return std::bit_cast<float>(static_cast<uint32_t>(value) << 16); }
 
 // Rounds to nearest even; a NaN stays a NaN.
 constexpr uint16_t to_bf16(float value) {
