@@ -93,7 +93,7 @@ def test_former_module_warns_and_has_what_it_had(name):
         module = importlib.import_module(f"recycle_ext.{name}")
     for attribute in ATTRIBUTES[name]:
         found = getattr(module, attribute)
-        homes = [importlib.import_module(f"recycle_ext.{home}") for home in former_names._NOW[name]]
+        homes = [importlib.import_module(f"recycle_ext.{home}") for home in former_names._NOW[name].split()]
         assert any(getattr(home, attribute, None) is found for home in homes)
     with pytest.raises(AttributeError, match=f"module 'recycle_ext.{name}' has no attribute 'x'"):
         module.x  # noqa: B018
@@ -119,7 +119,7 @@ IMPORTS_BEFORE_GENERATE = [
     "import recycle_ext, warnings; warnings.simplefilter('ignore'); from recycle_ext.generation import generate",
 ]
 IS_FUNCTION = "import recycle_ext, types; print(isinstance(recycle_ext.generate, types.FunctionType))"
-NEW_NAMES = sorted({home for homes in former_names._NOW.values() for home in homes})
+NEW_NAMES = sorted({home for homes in former_names._NOW.values() for home in homes.split()})
 HELP = """
 import runpy, sys, warnings
 warnings.simplefilter("error", RuntimeWarning)
