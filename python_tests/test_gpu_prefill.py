@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import ARCHITECTURES, reference_base, write_base, write_module
-from test_recycle_head import dequantised
+from test_recycle_head import dequantized
 from tolerance import assert_as_good_as
 
 from recycle_ext.decoding.decoder import Decoder
@@ -22,7 +22,7 @@ from recycle_ext.weights.plan import read_plan
 def test_unpacked_matrix_is_exact(format, n, k):
     matrix = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k))
     packed = Matrix(pack_matrix(matrix, format), 0, format, n, k)
-    exact = dequantised(matrix, format)
+    exact = dequantized(matrix, format)
     assert torch.equal(packed.unpacked(), exact.to(packed.compute_dtype))
     ids = torch.tensor([n - 1, 0, n // 2, n - 1])
     assert torch.equal(packed.rows(ids), exact[ids].float())

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from models import ARCHITECTURES, write_base, write_module
-from test_recycle_head import dequantised
+from test_recycle_head import dequantized
 from torch import Tensor
 
 from recycle_ext import _C
@@ -55,7 +55,7 @@ def assert_holds(given: Tensor | Matrix | None, source, format: str) -> None:
         assert given is None
     elif isinstance(given, Matrix):
         assert (given.format, given.n, given.k) == (format, *source.shape)
-        exact = dequantised(source.to(), format)
+        exact = dequantized(source.to(), format)
         assert torch.equal(given.unpacked(), exact.to(given.compute_dtype))
     else:
         assert torch.equal(given, source.to())
@@ -128,7 +128,7 @@ def test_plan_of_every_dtype_is_read_as_written(tmp_path, dtype, module_dtype):
     format, head_format = MODULE_DTYPES[module_dtype]
     assert_stack_holds(view.module.stack, module.config, module.tensors, "layers.", format)
     rows = base.tensors["lm_head.weight"].to()[module.draft_vocab()]
-    exact = dequantised(rows, head_format).to(view.module.head.compute_dtype)
+    exact = dequantized(rows, head_format).to(view.module.head.compute_dtype)
     assert torch.equal(view.module.head.unpacked(), exact)
 
 

@@ -14,7 +14,7 @@ from recycle_ext.weights.layout import FORMATS, convert_rows, pack_matrix
 EPS = 1e-5
 
 
-def dequantised(matrix: torch.Tensor, format: str) -> torch.Tensor:
+def dequantized(matrix: torch.Tensor, format: str) -> torch.Tensor:
     """The exact values of the packed matrix, float64 [n, k], by gguf, the library that defines the formats."""
     rows = convert_rows(matrix, format)
     if rows.is_floating_point():
@@ -31,7 +31,7 @@ def case(rows: int, d: int, n_vocab: int, format: str):
     hidden = torch.randn(rows, d, generator=generator)
     norm = 1 + 0.1 * torch.randn(d, generator=generator)
     matrix = torch.randn(n_vocab, d, generator=generator) / d**0.5
-    return hidden, norm, pack_matrix(matrix, format), dequantised(matrix, format)
+    return hidden, norm, pack_matrix(matrix, format), dequantized(matrix, format)
 
 
 def call(hidden, norm, packed, format, n_vocab, temperature=0.0, top_k=0, top_p=1.0, seeds=None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_recycle_head import dequantised
+from test_recycle_head import dequantized
 
 from recycle_ext import _C
 from recycle_ext.errors import RecycleError
@@ -63,7 +63,7 @@ def test_matrix_packed_piece_by_piece_is_the_matrix_packed_at_once(format, k):
         pack_rows(convert_rows(matrix[start:stop], format), format, n, k, start, pieces)
     pack_rows(convert_rows(matrix, format), format, n, k, 0, whole)
     assert torch.equal(pieces, whole)
-    exact = dequantised(matrix, format)
+    exact = dequantized(matrix, format)
     packed = Matrix(pieces, 0, format, n, k)
     assert torch.equal(packed.unpacked(), exact.to(packed.compute_dtype))
 
@@ -91,7 +91,7 @@ def test_matrix_inside_other_weights_is_read_from_its_offset(format):
     packed = pack_matrix(weights, format)
     around = torch.cat((torch.full((128,), 255), packed, torch.full((64,), 255))).to(torch.uint8)
     matrix = Matrix(around, 128, format, 20, 96)
-    exact = dequantised(weights, format)
+    exact = dequantized(weights, format)
     assert torch.equal(matrix.unpacked(), exact.to(matrix.compute_dtype))
     assert torch.equal(matrix.rows(torch.tensor([19, 0, 16])), exact[[19, 0, 16]].float())
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(2))

@@ -1,4 +1,4 @@
-"""Modules under the names that they had before the rooms: importing one warns, and gives what the new ones hold."""
+"""Import paths of earlier versions: importing one warns, and gives the contents of the new modules."""
 
 from __future__ import annotations
 

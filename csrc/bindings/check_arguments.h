@@ -96,7 +96,7 @@ inline HeadParams check_head(const Checker& checker, const Tensor& hidden, const
     checker.fail("format is ", format, "; it must be 0 to ", kFormats - 1, " (recycle_ext.weights.layout.FORMATS)");
   params.head.format = static_cast<Format>(format);
   if (params.hidden < 1 || params.hidden % k_multiple(params.head.format) != 0)
-    checker.fail("hidden is ", params.hidden, " wide; this format needs a multiple of ",
+    checker.fail("hidden has ", params.hidden, " columns; this format needs a multiple of ",
                  k_multiple(params.head.format));
   if (n_vocab < 1 || n_vocab > INT32_MAX) checker.fail("n_vocab is ", n_vocab, "; it must be 1 to ", INT32_MAX);
   params.head.data = checker.bytes("head", head, matrix_bytes(params.head.format, n_vocab, params.hidden));

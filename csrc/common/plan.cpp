@@ -110,7 +110,7 @@ class Reader {
     module->stack = stack();
     const int64_t hidden = module->stack.hidden;
     const int64_t vocab = base.head.n;
-    if (hidden != base.stack.hidden) fail("the module is not as wide as the base model");
+    if (hidden != base.stack.hidden) fail("the module's hidden size is not the base model's");
     module->input_proj = matrix(hidden, 2 * hidden);
     module->input_bias = vector<float>(hidden, true);
     module->embed_norm = vector<float>(hidden, true);

@@ -11,7 +11,7 @@
 
 namespace recycle {
 
-// `rows` in a shape: the most rows of any pass.
+// `rows` in a shape: the maximum number of rows of any pass.
 struct DecodeWork {
   ForwardWork forward;
   HeadWork head;

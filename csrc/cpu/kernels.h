@@ -9,7 +9,7 @@
 
 namespace recycle {
 
-// Outputs of one gemm() call for each row of x.
+// Outputs (rows of W, not of x) of one gemm() call for each row of x; also the stride of its result.
 inline constexpr int64_t kTileRows = kTilePanels * kPanelRows;
 
 // Attention handles kChunk positions of the cache together, and divides the cache into kSplits parts that threads
@@ -28,7 +28,7 @@ struct ArgMax {
 };
 
 // Attention of some query rows to one split of the cache, for the query heads of one key/value head (its group).
-// Results are unnormalised: weighted values, total weight, and the maximum that the weights are relative to.
+// Results are unnormalized: weighted values, total weight, and the maximum that the weights are relative to.
 struct AttendTask {
   const float* q = nullptr;  // [n_rows, ld_q], the first head of the group
   int64_t ld_q = 0;
@@ -54,7 +54,7 @@ constexpr int64_t attend_tile_floats(int64_t n_rows, int64_t group, int64_t head
   return 16 * kMaxKeyBlocks * head_dim + n_rows * group * (2 * head_dim + kChunk + 2);
 }
 
-// The input rows of gemm(). Quantised matrices read the other arrays in place of x: the rows as 16-bit integers
+// The input rows of gemm(). Quantized matrices read the other arrays in place of x: the rows as 16-bit integers
 // (four in two words, in the order of the instruction set's dot products), and for each block of 32 its scale, the
 // sum of its rounded values, and minus the sum of its integers.
 struct Activations {
@@ -73,12 +73,12 @@ struct Activations {
 struct Kernels {
   const char* name;
 
-  // out[r][0..16 panels) = rows of `panels` panels from `panel` on, times x[r]. out: [rows, kTileRows].
+  // out[r][0 .. 16 * panels) = rows of `panels` panels from `panel` on, times x[r]. out: [rows, kTileRows].
   // next: the weights that the calling thread reads next, to prefetch.
   void (*gemm)(const Matrix& matrix, int64_t panel, int64_t panels, const Activations& x, int64_t rows,
                const std::byte* next, float* out);
   // Fills the other arrays of Activations from x [n]. n: a multiple of 32.
-  void (*quantise)(const float* x, int64_t n, int32_t* quants, float* scales, float* sums, int32_t* minus_sums);
+  void (*quantize)(const float* x, int64_t n, int32_t* quants, float* scales, float* sums, int32_t* minus_sums);
   // out = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019). n: a multiple of 16. out may be x.
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
   // out = gate * sigmoid(gate) * up (Shazeer 2020). n: a multiple of 16.

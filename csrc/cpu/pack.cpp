@@ -37,7 +37,7 @@ void with_format(Format format, Body body) {
 template <Format format>
 void pack_row(const std::byte* row, int64_t k, int64_t lane, std::byte* panel) {
   constexpr int64_t size = k_multiple(format);
-  if constexpr (!is_quantised(format)) {
+  if constexpr (!is_quantized(format)) {
     constexpr int64_t bytes = row_bytes(format, 1);
     for (int64_t block = 0; block < k / size; ++block)
       for (int64_t i = 0; i < size; ++i)

@@ -1,4 +1,4 @@
-// Looks up rows in packed weights.
+// unpack_row(), for embeddings; pack_rows() is declared in recycle/format.h. pack.cpp defines both.
 #pragma once
 
 #include <cstdint>

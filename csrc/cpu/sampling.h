@@ -7,7 +7,7 @@
 
 namespace recycle {
 
-// Turns logits [n] into probabilities [n]: temperature, top_k, top_p, renormalised. order: [n], scratch. False if a
+// Turns logits [n] into probabilities [n]: temperature, top_k, top_p, renormalized. order: [n], scratch. False if a
 // logit is nonfinite.
 bool to_distribution(const Sampling& sampling, const float* logits, int64_t n, float* probs, int32_t* order);
 

@@ -1,5 +1,5 @@
-// What rank 0 decides between the passes of a decode step: the base model's rows, what counts of the draft tokens, the
-// module's rows, the new draft tokens, the new state. A decision is a few reads and writes for each sequence, and for
+// class Selector, the decisions of rank 0 between the passes of a decode step: the base model's rows, the accepted draft
+// tokens, the module's rows, the new draft tokens, the new state. A decision is a few reads and writes for each sequence, and for
 // sampled decoding a pass over the vocabulary for each draw. Its GPU counterpart is csrc/cuda/select.cu.
 #pragma once
 

@@ -10,7 +10,7 @@
 // heads that it computed, and else panels of outputs, so that no two threads add to the same number. Norms and
 // the combine come before a matmul, and each thread repeats them: 600 multiplications cost less than a barrier.
 // Each matmul prefetches what its thread reads after the next barrier, so memory is busy while threads wait, combine
-// and normalise.
+// and normalize.
 // Every output of a row is computed by the same operations in the same order for any number of rows and threads.
 #include "transformer.h"
 
@@ -43,9 +43,9 @@ void ThreadScratch::take(Arena& arena, int64_t rows, int64_t widest) {
 
 Activations ThreadScratch::activations(const float* x, int64_t rows, int64_t k,
                                        std::initializer_list<Format> formats) const {
-  bool quantised = false;
-  for (const Format format : formats) quantised = quantised || is_quantised(format);
-  if (quantised) kernels().quantise(x, rows * k, quants, scales, sums, minus_sums);
+  bool quantized = false;
+  for (const Format format : formats) quantized = quantized || is_quantized(format);
+  if (quantized) kernels().quantize(x, rows * k, quants, scales, sums, minus_sums);
   return {x, quants, scales, sums, minus_sums};
 }
 

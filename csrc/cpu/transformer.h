@@ -42,7 +42,8 @@ struct ForwardWork {
 };
 
 // The linear layer y = W x for some panels of W. epilogue(row, first output, count, values) receives the outputs, for
-// each row and each tile; `first output` is a multiple of 16. next: what this thread reads next.
+// each row and each tile; `first output` and count are multiples of 16, zero rows of the last panel included. Only the LM
+// head has other sizes (plan.cpp checks), and its epilogue trims them. next: what this thread reads next.
 template <class Epilogue>
 void linear(const Matrix& matrix, Range panels, const Activations& x, int64_t rows, const ThreadScratch& scratch,
             const std::byte* next, Epilogue epilogue) {

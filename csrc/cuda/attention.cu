@@ -73,7 +73,7 @@ RECYCLE_DEVICE void norm_and_rotate(const float* head, const float* norm, float 
   }
 }
 
-// T: float, or uint16_t for a cache in bfloat16.
+// T: the cache's element: float, or uint16_t, which is always bfloat16.
 template <class T>
 class AttentionBlock {
  public:

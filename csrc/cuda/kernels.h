@@ -18,6 +18,8 @@ struct GemvInput {
   const float* norm = nullptr;  // [k] weights of an RMSNorm of each row; null: no norm
   float eps = 0;
 
+  // A kernel for R rows may get fewer: rows past n_rows repeat the last one, so loads stay in bounds, and their
+  // results are dropped.
   RECYCLE_DEVICE const float* row(int r, int64_t k) const {
     const int clamped = r < n_rows ? r : n_rows - 1;
     return x + (row_indices != nullptr ? row_indices[clamped] : clamped) * k;

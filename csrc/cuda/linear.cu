@@ -21,7 +21,7 @@ struct LinearParams : GemvParams {
   int format() const { return common_format(weight); }
   RECYCLE_DEVICE Matrix matrix(int, int64_t) const { return weight; }
   RECYCLE_DEVICE void epilogue(State&, int row, int64_t tile, int output, const float (&values)[1]) const {
-    const int64_t n = tile * kPanelRows + output;
+    const int64_t n = tile * kPanelRows + output;  // always below weight.n, a multiple of 16 (plan.cpp)
     float* to = out + row * weight.n + n;
     const float value = bias != nullptr ? values[0] + bias[n] : values[0];
     *to = accumulate ? *to + value : value;

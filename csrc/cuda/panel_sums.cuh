@@ -84,7 +84,7 @@ class PanelSums {
   // The part of a line with outputs 4 * group .. 4 * group + 3.
   template <Format format>
   RECYCLE_DEVICE static uint4 load_line(const std::byte* panel, int64_t line, int group) {
-    if constexpr (is_quantised(format)) {
+    if constexpr (is_quantized(format)) {
       constexpr int64_t lines = kBlock / k_per_line<format>();
       return load_weights(panel + quants_at(format, line / lines) + line % lines * kAlign + group * 16);
     } else if constexpr (format == Format::f16) {
@@ -147,7 +147,7 @@ class PanelSums {
     constexpr int K = k_per_line<format>();
     const int64_t column = line * K;
     float scales[kOutputsPerThread], minima[kOutputsPerThread];
-    if constexpr (is_quantised(format)) {
+    if constexpr (is_quantized(format)) {
       const std::byte* at = panel + scales_at(format, column / kBlock) + group * kOutputsPerThread * 2;
       widen_halves(load_weights_8(at), scales);
       if constexpr (format == Format::q4_1) widen_halves(load_weights_8(at + kPanelRows * 2), minima);
@@ -158,7 +158,7 @@ class PanelSums {
     for (int r = 0; r < R; ++r) {
       float values[K];
       load_x(x + r * stride_ + column, values);
-      if constexpr (!is_quantised(format)) {
+      if constexpr (!is_quantized(format)) {
 #pragma unroll
         for (int o = 0; o < kOutputsPerThread; ++o)
 #pragma unroll
@@ -179,7 +179,7 @@ class PanelSums {
     }
   }
 
-  // A quantised weight without its scale: quant - zero point.
+  // A quantized weight without its scale: quant - zero point.
   template <Format format, int K>
   RECYCLE_DEVICE static void widen(uint4 raw, float (&weights)[kOutputsPerThread][K]) {
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};

@@ -1,4 +1,4 @@
-// Logits to probabilities: temperature, top-k, top-p, renormalised. One block computes a row.
+// Logits to probabilities: temperature, top-k, top-p, renormalized. One block computes a row.
 //
 //   logits [rows, n] float32 -> the same array, probabilities
 //

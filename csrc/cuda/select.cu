@@ -1,4 +1,4 @@
-// The kernels between the passes (select.h): embeddings, the choice of what counts, draft tokens.
+// The kernels between the passes (select.h): embeddings, the accepted draft tokens, new draft tokens.
 //
 //   pending [batch, rows_per_sequence] -> x [rows, hidden] -> tokens, counts -> module_input [rows, 2 hidden]
 //
@@ -20,7 +20,7 @@ constexpr int kThreads = kSampleThreads;
 RECYCLE_DEVICE float embedding_at(const Matrix& matrix, int64_t token, int64_t k) {
   const std::byte* panel = matrix.panel(token / kPanelRows);
   const int64_t lane = token % kPanelRows;
-  return is_quantised(matrix.format) ? read_weight(matrix.format, panel, lane, k / kBlock, k % kBlock)
+  return is_quantized(matrix.format) ? read_weight(matrix.format, panel, lane, k / kBlock, k % kBlock)
                                      : read_weight(matrix.format, panel, lane, k / kPanelRows, k % kPanelRows);
 }
 
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 1) begin_kernel(SelectParams params)
   }
 }
 
-// ---- what counts --------------------------------------------------------------------------------------
+// ---- accepted tokens --------------------------------------------------------------------------------------
 
 RECYCLE_DEVICE float random(const SelectParams& params, int sequence, int64_t position, Stream stream) {
   return uniform(static_cast<uint64_t>(params.seeds[sequence]), static_cast<uint64_t>(position), stream);

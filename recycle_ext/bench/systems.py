@@ -21,7 +21,8 @@ class Decoded:
 
     tokens: the requested ones; draft tokens past the last of them are not counted. cache_bytes: keys and values that a
     step reads, on average. step_bytes: weights that a step reads, on average; None: as the system says.
-    acceptance_rate: accepted draft tokens / verified ones; None without draft tokens.
+    acceptance_rate: accepted draft tokens / all of them, those after a rejected one included (eval leaves those out); None
+    without draft tokens.
     """
 
     seconds: float

@@ -167,8 +167,8 @@ class Decoder:
         """Sets the draft tokens of the following steps: 0 (standard steps) to the decoder's maximum.
 
         For verify mode: its greedy text stays the same whatever is changed when. Surplus draft tokens are dropped.
-        Missing ones are padded with a token that counts as wrong, so that the next step drafts the full number. The
-        module does not see the tokens of steps without drafts, and goes on after them as if they were not there.
+        Missing ones are padded with the first token of the draft vocabulary, which is verified like any other and rarely
+        accepted. The module does not see the tokens of steps without drafts, and goes on after them as if they were not there.
 
         Raises RecycleError in other modes and for numbers out of range.
         """

@@ -1,4 +1,4 @@
-"""What one decode step gave: the record that every loop around the decoder reads."""
+"""Step and SequenceStep: the record of one decode step, of a batch and of one sequence, that every loop reads."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 class SequenceStep:
     """One decode step of one sequence.
 
-    tokens: the accepted draft tokens, then one token of the base model's own. drafted: draft tokens that the base
-    model verified. accepted: how many of them count. seconds: wall-clock time of the step (of the whole batch).
+    tokens: the accepted draft tokens, then one token of the base model's own. drafted: draft tokens of the
+    step; after a rise of k they include padding. accepted: how many of them are in tokens (in alternate mode all). seconds: wall-clock time of the step (of the whole batch).
     """
 
     tokens: list[int]

@@ -24,7 +24,7 @@ class Statistics:
     prompt_tokens: int
     new_tokens: int = 0
     steps: int = 0  # decode steps: passes over the base model after the prefill
-    offered_drafts: int = 0  # draft tokens that the base model verified
+    offered_drafts: int = 0  # draft tokens of all steps, those after a rejected one included
     accepted_drafts: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0

@@ -1,1 +1,1 @@
-"""The operators of torch.ops.recycle: their registration, and what of them is PyTorch."""
+"""Registration of torch.ops.recycle, and the parts of its ops that are written in PyTorch."""

@@ -97,7 +97,7 @@ def prefill(
     sequence: int,
     prompt: Tensor,
 ) -> None:
-    """The op; csrc/bindings/ops.cpp has its schema. Waits for the GPU: a number that is none is an error at once."""
+    """The op; csrc/bindings/ops.cpp has its schema. Waits for the GPU, so a nonfinite logit raises at once."""
     num_draft_tokens = pending.shape[1] - 1
     if not 0 <= sequence < len(pending):
         raise ValueError(f"prefill: sequence is {sequence}; it must be 0 to {len(pending) - 1}")

@@ -1,6 +1,6 @@
 // Matrix times a few vectors, from packed panels (format.h).
 //
-//   x [rows, k], W [n, k] packed  ->  out [rows, 16 panels] float32
+//   x [rows, k], W [n, k] packed  ->  out [rows, kTileRows] float32, the first 16 * panels of each row
 //
 // One or two rows are bounded by memory: each weight is read once and unpacked once for all rows of a group.
 // From about 8 rows on (prefill) the bound is multiplications.
@@ -10,7 +10,7 @@
 //
 // Float weights are widened to float32 and multiplied with float32 activations. Even and odd columns have sums
 // of their own, because one chain of additions is slower than memory.
-// Quantised weights stay integers. quantise() rounds the activations to 16 bits, with a scale for each block of
+// Quantized weights stay integers. quantize() rounds the activations to 16 bits, with a scale for each block of
 // 32. The sum of a block is exact in 32 bits, so every instruction set may compute it in its own way. Rounding
 // to 16 bits moves a result by ~2e-5 of its size, a sixtieth of what bfloat16 does.
 //
@@ -26,9 +26,8 @@
 namespace recycle::RECYCLE_ISA {
 namespace {
 
-// Calls body(begin, end, ahead) for the steps of a panel of `bytes`, `step_bytes` each, in two parts, one of
-// which may be empty. The bytes at ahead + i are read kPrefetchL2Distance after those at panel + i: they are in
-// this panel (first part) or in the panel at `next` (second part).
+// Runs body(begin, end, ahead) over the steps of a panel, split where the prefetch address leaves the panel. body
+// prefetches ahead + i while it reads panel + i: first inside this panel, then in the panel at `next`.
 template <class Body>
 inline void stream_panel(const std::byte* panel, int64_t bytes, const std::byte* next, int64_t steps,
                          int64_t step_bytes, Body body) {
@@ -102,10 +101,10 @@ struct BlockSums {
   Lanes of_row(int r) const { return to_float(total(sum[r])); }
 };
 
-// The same for quantised weights. With the scale d and the minimum m of a q4_1 block
+// The same for quantized weights. With the scale d and the minimum m of a q4_1 block
 // sum(x (d q + m)) = d sum(x q) + m sum(x), and sum(x) is the same for all outputs.
 template <Format format, int R>
-inline void accumulate_quantised(const std::byte* panel, int64_t k, const Activations& x, const std::byte* next,
+inline void accumulate_quantized(const std::byte* panel, int64_t k, const Activations& x, const std::byte* next,
                                  Lanes (&out)[R]) {
   const int64_t n_blocks = k / kBlock;
   for (int r = 0; r < R; ++r) out[r] = splat(0);
@@ -133,8 +132,8 @@ inline void accumulate_quantised(const std::byte* panel, int64_t k, const Activa
 template <Format format, int R>
 void gemm_rows(const std::byte* panel, int64_t k, const Activations& x, const std::byte* next, float* out) {
   Lanes sums[R];
-  if constexpr (is_quantised(format))
-    accumulate_quantised<format>(panel, k, x, next, sums);
+  if constexpr (is_quantized(format))
+    accumulate_quantized<format>(panel, k, x, next, sums);
   else
     accumulate_floats<format>(panel, k, x.x, next, sums);
   for (int r = 0; r < R; ++r) store(out + r * kTileRows, sums[r]);
@@ -153,11 +152,12 @@ inline RowsFunction<format> rows_function(int64_t rows, std::integer_sequence<in
 template <Format format>
 void gemm_format(const Matrix& matrix, int64_t panel, int64_t panels, const Activations& x, int64_t rows,
                  const std::byte* next, float* out) {
-  constexpr int64_t max_height = max_rows(is_quantised(format));
+  constexpr int64_t max_height = max_rows(is_quantized(format));
   for (int64_t p = 0; p < panels; ++p) {
     const std::byte* weights = matrix.panel(panel + p);
     const std::byte* next_panel = p + 1 < panels ? matrix.panel(panel + p + 1) : next;
-    // Groups of nearly equal height: 9 rows are 5 + 4, not 8 + 1.
+    // Groups of nearly equal height: 9 rows are 5 + 4, not 8 + 1. Each height is a kernel of its own (rows_function), so
+    // a tail of 3 rows runs exactly 3, or 2 + 1 where max_rows is 2; no row is padded.
     int64_t groups = (rows + max_height - 1) / max_height;
     for (int64_t r = 0; r < rows; --groups) {
       const int64_t height = (rows - r + groups - 1) / groups;
@@ -186,7 +186,7 @@ void gemm(const Matrix& matrix, int64_t panel, int64_t panels, const Activations
   }
 }
 
-void quantise(const float* x, int64_t n, int32_t* quants, float* scales, float* sums, int32_t* minus_sums) {
+void quantize(const float* x, int64_t n, int32_t* quants, float* scales, float* sums, int32_t* minus_sums) {
   for (int64_t b = 0; b < n / kBlock; ++b) {
     const Lanes low = load(x + b * kBlock);
     const Lanes high = load(x + b * kBlock + 16);

@@ -18,7 +18,7 @@ struct Raw {
 
 // Rows that gemm() works on together. 16 registers, two for 16 lanes: 2 rows * even and odd sums, or 4 rows * one
 // integer sum, are 8; the weights need the rest. With 3 and 6 rows GCC spills sums, at half the speed.
-constexpr int max_rows(bool quantised) { return quantised ? 4 : 2; }
+constexpr int max_rows(bool quantized) { return quantized ? 4 : 2; }
 // Attention's tile: heads whose sums it keeps together, and for each head vectors of 16 elements of values (an even
 // number). 16 registers: 1 head * 4 vectors, or 2 heads * 2, are 8 registers of sums;
 // the loaded values and weights need the rest.

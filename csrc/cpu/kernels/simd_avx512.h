@@ -17,9 +17,9 @@ struct Raw {
   __m512i v;
 };
 
-// Rows that gemm() works on together. 32 registers: 12 rows * even and odd sums are 24; quantised, 8 rows * two integer
+// Rows that gemm() works on together. 32 registers: 12 rows * even and odd sums are 24; quantized, 8 rows * two integer
 // sums and the float sum are 24; the weights need the rest.
-constexpr int max_rows(bool quantised) { return quantised ? 8 : 12; }
+constexpr int max_rows(bool quantized) { return quantized ? 8 : 12; }
 // Attention's tile: heads whose sums it keeps together, and for each head vectors of 16 elements of values (an even
 // number). 32 registers: 6 heads * 4 vectors are 24 sums; the loaded values and weights need the rest.
 constexpr int max_heads() { return 6; }

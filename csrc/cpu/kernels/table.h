@@ -19,7 +19,7 @@ namespace recycle::RECYCLE_ISA {
 extern const Kernels kTable;
 const Kernels kTable = {RECYCLE_NAME(RECYCLE_ISA),
                         gemm,
-                        quantise,
+                        quantize,
                         rms_norm,
                         swiglu,
                         attend,

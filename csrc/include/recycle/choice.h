@@ -1,4 +1,4 @@
-// What counts of a sequence's draft tokens. The rule of each mode stands here once, for CPU and GPU.
+// Which draft tokens verify mode accepts: the greedy rule and that of speculative sampling, for CPU and GPU.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ struct Choice {
   int64_t token;
 };
 
-// Greedy verify: a draft token counts if it is the base model's argmax after the token before it.
+// Greedy verify: a draft token is accepted if it is the base model's argmax after the token before it.
 // pending: [1 + num_draft_tokens], a certain token and the draft tokens; argmax(j): the base model's token
 // after pending[j].
 template <class Argmax>
@@ -26,7 +26,7 @@ constexpr Choice verify_greedy(const int64_t* pending, int64_t num_draft_tokens,
 // u: uniform in [0, 1).
 constexpr bool accepts_draft(float u, float p, float q) { return u * q < p; }
 
-// A rejected draft token is replaced by a draw from max(0, p - q), renormalised.
+// A rejected draft token is replaced by a draw from max(0, p - q), renormalized.
 constexpr float residual(float p, float q) { return p - q < 0.0f ? 0.0f : p - q; }
 
 }  // namespace recycle

@@ -1,4 +1,4 @@
-// decode_step: the base model over the pending tokens, the choice of what counts, and the module's new draft
+// decode_step: the base model over the pending tokens, the choice of accepted draft tokens, and the module's new draft
 // tokens, in one call. prefill: the same over a prompt.
 #pragma once
 
@@ -12,8 +12,8 @@
 
 namespace recycle {
 
-// standard: no draft tokens. verify: a draft token counts if the base model agrees (choice.h).
-// alternate: every draft token counts.
+// standard: no draft tokens. verify: a draft token is accepted if the base model agrees (choice.h).
+// alternate: every draft token is accepted.
 enum class Mode : int64_t { standard = 0, verify = 1, alternate = 2 };
 
 // Draft tokens of one sequence in one step.
@@ -49,7 +49,7 @@ struct DecodeState {
 int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t num_draft_tokens, bool greedy, int n_threads);
 
 // tokens: [batch, k + 1], the accepted draft tokens, one token of the base model's own, then -1.
-// counts: [batch], how many tokens of a row count. On an error, pending and lengths are unchanged.
+// counts: [batch], how many new tokens each row has. On an error, pending and lengths are unchanged.
 Status decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts);
 
 // Fills the caches of `sequence` with prompt [n_prompt] from position 0 on, and sets its pending tokens.

@@ -4,8 +4,8 @@
 // lie side by side: one vector register holds one column of 16 (AVX-512) or 8 (AVX2) outputs, and a matmul is
 // a running sum over k with the activation broadcast. This gives
 //   - no horizontal sums, and an epilogue (RoPE, SwiGLU, residual, argmax) on whole vectors;
-//   - one order of summation for an output, whatever the instruction set and the number of rows or threads:
-//     k ascending (inside a block of 32 first, for quantised formats). Lossless decoding rests on this.
+//   - one order of summation for an output, whatever the number of rows or threads (cpu/kernels/gemm.h; a GPU has
+//     another fixed order, cuda/panel_sums.cuh). Lossless decoding rests on this.
 // The last panel is completed with zero rows. Panels are 64-byte aligned and follow each other.
 //
 //   format  layout of a panel                                                     bytes a weight
@@ -20,7 +20,7 @@
 //           low nibbles k..k+3, high nibbles k+4..k+7; weight = scale * (nibble - 8)
 //   q4_1    blocks of 32 k: [16] half scales, [16] half minima, quants as q4_0;    0.625
 //           weight = scale * nibble + minimum
-// The quantised formats hold exactly the numbers of the GGUF blocks of the same name. A cache line of scales
+// The quantized formats hold exactly the numbers of the GGUF blocks of the same name. A cache line of scales
 // stands right before its quants (where k / 32 is odd, the last such line is half empty), so that a panel is
 // read as one stream from end to end.
 //
@@ -54,15 +54,15 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + mu
 
 constexpr int64_t n_panels(int64_t n) { return (n + kPanelRows - 1) / kPanelRows; }
 
-constexpr bool is_quantised(Format format) { return format >= Format::q8_0; }
+constexpr bool is_quantized(Format format) { return format >= Format::q8_0; }
 
 // k must be a multiple of this.
-constexpr int64_t k_multiple(Format format) { return is_quantised(format) ? kBlock : kPanelRows; }
+constexpr int64_t k_multiple(Format format) { return is_quantized(format) ? kBlock : kPanelRows; }
 
 // q8_0 and q4_0: weight = scale * (quant - zero point), the zero point being 2 to this power.
 constexpr int zero_point_bits(Format format) { return format == Format::q8_0 ? 7 : 3; }
 
-// Quantised formats: bytes of a block's scales (and minima), bytes of its quants, and how many blocks share
+// Quantized formats: bytes of a block's scales (and minima), bytes of its quants, and how many blocks share
 // the cache line of scales before them.
 constexpr int64_t block_scale_bytes(Format format) { return kPanelRows * (format == Format::q4_1 ? 4 : 2); }
 constexpr int64_t block_quant_bytes(Format format) { return kPanelRows * kBlock / (format == Format::q8_0 ? 1 : 2); }

@@ -10,7 +10,7 @@
 namespace recycle {
 
 // How a token is chosen from logits: divide by the temperature, keep the top_k largest, of those the
-// smallest set whose probability reaches top_p, renormalise, draw. temperature 0 is greedy: the argmax, the
+// smallest set whose probability reaches top_p, renormalize, draw. temperature 0 is greedy: the argmax, the
 // lowest id among equals.
 struct Sampling {
   float temperature = 0;

@@ -8,6 +8,8 @@
 
 namespace recycle {
 
+// A new type also needs: write_cache() in cpu/attention.cpp; elements_per_word(), score(), load_values() and attend() in
+// cpu/kernels/attention.h; attention() in cuda/attention.cu; bindings/check_arguments.h; decoding/kv_cache.py.
 enum class CacheType : int32_t { f32 = 0, bf16 = 1, q8 = 2 };
 
 inline constexpr int64_t kScaleBytes = 4;

@@ -1,4 +1,4 @@
-// 16-bit floats from and to float32, for CPU and GPU code.
+// bfloat16 to and from float32, and half to float32, for CPU and GPU code.
 #pragma once
 
 #include <bit>
