@@ -81,11 +81,8 @@ std::vector<std::string> runnable_isas() {
   return {names, names + count};
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native parts of recycle_ext; importing this module registers torch.ops.recycle.*";
-
+// The build, instruction sets, threads and the profile.
+void bind_process(py::module_& m) {
   m.def(
       "build_info",
       [] {
@@ -139,7 +136,10 @@ PYBIND11_MODULE(_C, m) {
       },
       "The profile: (part, phase, times run, seconds of work, seconds of waiting), mean over the "
       "threads.");
+}
 
+// Packed weights, scratch and memory.
+void bind_memory(py::module_& m) {
   m.def(
       "use_huge_pages",
       [](const py::buffer& data) {
@@ -172,4 +172,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("PLAN_MAGIC") = recycle::kPlanMagic;
   m.attr("PLAN_VERSION") = recycle::kPlanVersion;
   m.attr("MAX_DRAFTS") = recycle::kMaxDraftTokens;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native parts of recycle_ext; importing this module registers torch.ops.recycle.*";
+  bind_process(m);
+  bind_memory(m);
 }
