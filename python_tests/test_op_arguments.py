@@ -179,7 +179,7 @@ def test_attention_decode_with_head_dim_24_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden": torch.zeros(1, 33)}, "hidden is 33 wide"),
+        ({"hidden": torch.zeros(1, 33)}, "hidden has 33 columns"),
         ({"hidden": torch.zeros(65, 32)}, "hidden has 65 rows"),
         ({"head": torch.zeros(10, dtype=torch.uint8)}, "head has 10 bytes; it needs"),
         ({"format": 9}, "format is 9"),
