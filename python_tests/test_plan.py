@@ -24,6 +24,7 @@ MODULES = {
     "first embedding zero": {"zero_first_embedding": True},
     "draft vocabulary": {"draft_vocab_size": 37},
 }
+# A list of its own: the order is the contract with csrc/common/plan.cpp and with plans of other versions.
 LAYER = {
     "input_norm": "input_layernorm.weight",
     "q": "self_attn.q_proj.weight",

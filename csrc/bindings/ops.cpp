@@ -156,8 +156,8 @@ STABLE_TORCH_LIBRARY(recycle, m) {
       "recycle_head(Tensor hidden, Tensor? norm, float eps, Tensor head, int format, int n_vocab, "
       "Tensor positions, float temperature, int top_k, float top_p, Tensor seeds) "
       "-> (Tensor tokens, Tensor log_probs)");
-  // One decode step: the base model over the pending tokens [B, k + 1] of each sequence, the choice of what counts,
-  // the module's new draft tokens. tokens [B, k + 1]: what each sequence grew by, then -1; counts [B]: by how much.
+  // One decode step: the base model over the pending tokens [B, k + 1] of each sequence, which draft tokens are
+  // accepted, the module's new draft tokens. tokens [B, k + 1]: what each sequence grew by, then -1; counts [B]: by how much.
   // lengths [2, B]: positions in the base model's cache, and in the module's. Standard steps leave the module out,
   // and k may change from step to step: the module continues as if the tokens in between were absent.
   m.def(

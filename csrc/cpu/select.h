@@ -124,7 +124,7 @@ class Selector {
   }
 
  private:
-  // In alternate mode all draft tokens count, so only the last row of a sequence needs the base model's head.
+  // In alternate mode all draft tokens are accepted, so only the last row of a sequence needs the base model's head.
   bool verifies() const { return state_.mode == Mode::verify; }
 
   Choice verify(int64_t s, const Segment& segment) {

@@ -1,4 +1,5 @@
-// The kernels between the passes of a decode step: which rows run, which draft tokens count, what the module reads.
+// The kernels between the passes of a decode step: which rows run, which draft tokens are accepted, what the module
+// reads.
 // The shape of a step is the same whatever is accepted: unused rows have position -1.
 #pragma once
 

@@ -46,8 +46,8 @@ def _check(
         raise RecycleError(f"drafts is {drafts!r}; it must be 1 to {max_drafts}, or {AUTO}")
     if drafts == AUTO and mode == "alternate":
         raise RecycleError(
-            "drafts is 'auto', which mode 'alternate' can't have: there all drafts count, so their number "
-            "decides how good the text is; give 1 to 4, or use verify"
+            "drafts is 'auto', which mode 'alternate' can't have: there every draft token is accepted, so their "
+            "number decides how good the text is; give 1 to 4, or use verify"
         )
     if not 1 <= capacity <= context:
         raise RecycleError(f"capacity is {capacity}; this model's context has 1 to {context}")
@@ -74,8 +74,8 @@ class Decoder:
     (positions in the base's cache, and in the module's). On a GPU the cache is float32 or bfloat16, and a step is one
     CUDA graph.
 
-    model: from ``weights.pack.pack_model``. mode: "standard" (no module), "verify" (a draft token counts if the base
-    model would have produced it: the output is the base model's own) or "alternate" (draft tokens always count).
+    model: from ``weights.pack.pack_model``. mode: "standard" (no module), "verify" (a draft token is accepted if
+    the base model would have produced it: the output is the base model's own) or "alternate" (all are accepted).
     drafts: draft tokens per step, 1 to 4, or in verify mode "auto": 0 to 4, chosen for each step by measured speed,
     for all sequences alike. ``num_draft_tokens`` is what the state holds now. capacity: positions of a sequence, prompt
     and new tokens together; None: 2048, or the model's context if that is less. temperature 0 is greedy; top_k 0 and
@@ -141,7 +141,7 @@ class Decoder:
 
     def _new_cache(self, config, dtype: torch.dtype) -> Tensor:
         """Zeros for the stack of layers that ``config`` describes."""
-        # The last step writes rows past the last token that counts.
+        # The last step writes rows past the last accepted token.
         rows = self.capacity + _C.positions_needed(self._max_draft_tokens)
         shape = (config.n_layers, 2, self.batch, config.n_kv_heads, rows, row_elements(dtype, config.head_dim))
         cache = torch.zeros(shape, dtype=dtype, device=self.model.weights.device)

@@ -31,8 +31,8 @@ def generate(
 ) -> Generation:
     """Continues a prompt; yields pieces of text as soon as they are certain.
 
-    prompt: text, or token ids. mode: "standard" (the base model alone), "verify" (a draft token counts if the base
-    model would have produced it: the text is the base model's own) or "alternate" (the module's tokens always count);
+    prompt: text, or token ids. mode: "standard" (the base model alone), "verify" (a draft token is accepted if
+    the base model would have produced it: the text is the base model's own) or "alternate" (all are accepted);
     None: verify if the model has a module. drafts: draft tokens per step, 1 to 4, or in verify mode "auto": 0 to 4,
     chosen for each step by measured speed. With a temperature, "auto" draws from the base model's distribution, but
     the token that a seed gives depends on timing. temperature 0 takes the most likely token; top_k 0 and top_p 1 cut

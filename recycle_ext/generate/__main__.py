@@ -28,8 +28,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--mode",
         choices=MODES,
-        help="standard: the base model alone; verify: the same tokens, faster; alternate: the module's tokens always "
-        "count (default: verify if there is a module)",
+        help="standard: the base model alone; verify: the same tokens, faster; alternate: the module's tokens are always "
+        "accepted (default: verify if there is a module)",
     )
     add(
         "--drafts",

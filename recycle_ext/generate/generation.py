@@ -111,7 +111,8 @@ class Generation(Iterator[str]):
                 statistics.offered_drafts += record.drafted
                 statistics.accepted_drafts += record.accepted
                 statistics.decode_seconds += record.seconds
-                statistics.read_bytes += self._model.packed.step_bytes(record.drafted)
+                # All the step's draft tokens, those past the end too: the step has read the module for each.
+                statistics.read_bytes += self._model.packed.step_bytes(self._decoder.num_draft_tokens)
                 yield record
         except RuntimeError as error:
             raise RecycleError(f"step {statistics.steps}: {error}") from None

@@ -5,6 +5,7 @@ A task gives the loop its parameters and the loss of given sequences; the loop k
 
 from __future__ import annotations
 
+import abc
 import math
 import time
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ class TrainStep:
     figures: dict[str, float] | None
 
 
-class Task(nn.Module):
+class Task(nn.Module, abc.ABC):
     """What is trained: the parameters of its child modules.
 
     forward(index) is the loss of the sequences ``index``, nats, [] float32, mean over rows.
@@ -61,13 +62,13 @@ class Task(nn.Module):
     def begin_step(self, done: float) -> None:
         """Called before each step with the share of the steps that are done, in [0, 1)."""
 
+    @abc.abstractmethod
     def evaluate(self) -> dict[str, float]:
         """Figures on the held-out sequences, by name."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes what was trained."""
-        raise NotImplementedError
+        """Writes the trained models."""
 
 
 def rate_factor(step: int, options: TrainOptions) -> float:
