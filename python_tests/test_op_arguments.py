@@ -214,7 +214,7 @@ def test_recycle_head_with_a_wrong_argument_names_it(change, message):
         ({"mode": "fast"}, "mode is 'fast'; it must be one of standard, verify, alternate"),
         ({"drafts": 5}, "drafts is 5; it must be 1 to 4, or auto"),
         ({"drafts": "many"}, "drafts is 'many'; it must be 1 to 4, or auto"),
-        ({"drafts": "auto", "mode": "alternate"}, "'auto', which mode 'alternate' can't have: there all"),
+        ({"drafts": "auto", "mode": "alternate"}, "'auto', which mode 'alternate' can't have: there every"),
         ({"capacity": 10**6}, "capacity is 1000000; this model's context has 1 to 512"),
         ({"mode": "standard", "batch": 2, "seeds": [1]}, "batch is 2 and there are 1 seeds"),
     ],
