@@ -18,18 +18,22 @@ PACKAGE = "recycle_ext"
 # file of a folder.
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "errors": set(),
+    "arguments": {"errors"},
     "_C": set(),
     "former_names": set(),
     "modules": set(),
     "command_line": {"errors"},
     "text": {"errors"},
-    "checkpoint": {"errors", "text"},
-    "weights": {"errors", "checkpoint", "_C"},
+    "checkpoint": {"errors", "arguments", "text"},
+    "weights": {"errors", "arguments", "checkpoint", "_C"},
     "ops": {"errors", "weights", "_C"},
-    "decoding": {"errors", "checkpoint.config", "weights", "_C"},
+    "decoding": {"errors", "arguments", "checkpoint.config", "weights", "_C"},
     "reference": {"checkpoint.config", "ops.functional"},
     "measuring": {"errors", "_C"},
-    "generate": {*("errors", "command_line", "checkpoint", "text", "weights", "ops", "decoding"), *("measuring", "_C")},
+    "generate": {
+        *("errors", "arguments", "command_line", "checkpoint", "text", "weights", "ops", "decoding"),
+        *("measuring", "_C"),
+    },
     "info": {
         *("errors", "command_line", "checkpoint", "text", "weights", "ops", "decoding"),
         *("generate", "measuring", "_C"),

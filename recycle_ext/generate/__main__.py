@@ -43,7 +43,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--temperature", type=float, default=0.0, help="0: greedy (default)")
     add("--top-k", type=int, default=0, help="0: all tokens (default)")
     add("--top-p", type=float, default=1.0, help="1: all tokens (default)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, help="of the draws (default: a new one, which --stats and --json report)")
     add("--chat", action="store_true", help="the prompt is a message: use the model's chat template")
     add(
         "--stats",
@@ -74,6 +74,8 @@ def figures(statistics: Statistics, read_bandwidth: float) -> str:
         f"weights     {s.weight_bytes / 1e6:6.1f} MB, read at {s.gigabytes_per_second:.1f} GB/s: "
         f"{share:.0%} of this machine's {read_bandwidth / 1e9:.1f} GB/s"
     )
+    if s.seed is not None:
+        lines.append(f"seed        {s.seed}")
     return "\n".join(lines)
 
 
@@ -82,6 +84,7 @@ _JSON_KEYS = [
     "new_tokens",
     "mode",
     "drafts",
+    "seed",
     "steps",
     "acceptance_rate",
     "prefill_seconds",
