@@ -22,7 +22,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "_C": set(),
     "former_names": set(),
     "modules": set(),
-    "command_line": {"errors"},
+    "command_line": {"errors", "arguments"},
     "text": {"errors"},
     "checkpoint": {"errors", "arguments", "text"},
     "weights": {"errors", "arguments", "checkpoint", "_C"},

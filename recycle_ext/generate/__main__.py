@@ -20,10 +20,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line, described by --help."""
     parser = argparse.ArgumentParser(
         prog="python -m recycle_ext.generate",
+        usage="%(prog)s [OPTION ...] [--] PROMPT",
         description="Continues a prompt with a Llama-family model and its recyclable module.",
     )
     add = parser.add_argument
-    add("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
+    add(
+        "prompt",
+        metavar="PROMPT",
+        help="the text to continue; - reads it from standard input; write -- before a text that begins with -",
+    )
     add_model_options(parser)
     add(
         "--mode",
@@ -109,6 +114,8 @@ def run(options: argparse.Namespace) -> int:
             prompt = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as error:
             raise RecycleError(f"standard input is not UTF-8: {error.reason}") from None
+        except OSError as error:
+            raise RecycleError(f"standard input cannot be read: {error.strerror}") from None
     generation = generate(
         model := model_of(options),
         prompt,
@@ -139,8 +146,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    options = parse_arguments(arguments)
-    return exit_status(lambda: run(options))
+    return exit_status(lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":
