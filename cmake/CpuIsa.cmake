@@ -6,10 +6,13 @@ include(CheckCXXSourceCompiles)
 # says so, and no instruction set but the one that a file is compiled for. The last flag counts, so these come after
 # those of CXXFLAGS (-Ofast, -ffast-math and its parts, -march=native). The linker has them too: for -ffast-math, GCC links
 # code that flushes denormal numbers to zero.
-set(RECYCLE_EXACT_FLAGS -O3 -fno-fast-math -fno-unsafe-math-optimizations -fno-associative-math -fno-reciprocal-math
-  -fno-finite-math-only -fsigned-zeros -ffp-contract=off)
+set(RECYCLE_EXACT_FLAGS -O3 -fno-fast-math -fno-associative-math -fno-reciprocal-math -fno-finite-math-only
+  -fsigned-zeros -ffp-contract=off)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   list(APPEND RECYCLE_EXACT_FLAGS -march=x86-64)
+endif()
+if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
+  list(APPEND RECYCLE_EXACT_FLAGS -fno-unsafe-math-optimizations)  # Clang's would also change how exceptions are treated
 endif()
 
 function(recycle_cpu_options target)

@@ -37,7 +37,8 @@ def _site_packages() -> list[Path]:
     # uv and `python -m build` run this in a second virtual environment.
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for environment in _other_environments():
-        if (environment / "pyvenv.cfg").is_file() or (environment / "conda-meta").is_dir():
+        # Not Path.is_file(), which raises for a text that is too long for a path.
+        if os.path.isfile(environment / "pyvenv.cfg") or os.path.isdir(environment / "conda-meta"):
             folders.append(environment / "lib" / name / "site-packages")
     return folders
 
@@ -50,9 +51,9 @@ def _other_environments() -> list[Path]:
     where, options = Path.cwd(), []
     with contextlib.suppress(OSError):  # Linux alone tells
         parent = Path("/proc", str(os.getppid()))
-        where, options = (parent / "cwd").resolve(), (parent / "cmdline").read_text("utf-8").split("\0")
+        where, options = (parent / "cwd").resolve(), (parent / "cmdline").read_text("utf-8", "replace").split("\0")
     variables = ("UV_PROJECT_ENVIRONMENT", "UV_PYTHON", "CONDA_PREFIX")
-    for name in [*(os.environ.get(variable, "") for variable in variables), *options]:
+    for name in [*(os.environ.get(variable, "") for variable in variables), *options[1:], *options[:1]]:
         path = where / name.rpartition("=")[2]
         found += [path, path.parent.parent]  # the environment, or its Python
     # In the installer's folder or the source's, as uv's .venv.
