@@ -36,18 +36,19 @@ def _stop(*_) -> None:
     raise TooSlowError(f"over {MAX_SECONDS} seconds")
 
 
-def _work(target: str, seed: int, first: int, last: int | None, end: float, shared: mmap.mmap, findings: int) -> None:
-    """Runs inputs first.. until ``last`` or the time ``end``. shared: the number, accepted and refused inputs."""
+def _work(target: str, seed: int, inputs: int | None, end: float, shared: mmap.mmap, findings: int) -> None:
+    """Runs the inputs up to number ``inputs`` or the time ``end``.
+
+    shared: the number of the next input, and how many were accepted and refused. findings: a file, a line for each.
+    """
     signal.signal(signal.SIGALRM, _stop)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     resource.setrlimit(resource.RLIMIT_AS, (used + MAX_BYTES,) * 2)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="fuzz_") as folder:
         one = TARGETS[target](Path(folder))
-        number = first
-        while time.monotonic() < end and (last is None or number <= last):
-            _, accepted, refused = struct.unpack_from("<qqq", shared)
-            struct.pack_into("<q", shared, 0, number)
+        number, accepted, refused = struct.unpack_from("<qqq", shared)
+        while time.monotonic() < end and (inputs is None or number < inputs):
             signal.alarm(MAX_SECONDS)
             try:
                 good = one(Random(f"{target} {seed} {number}"))
@@ -63,8 +64,8 @@ def _work(target: str, seed: int, first: int, last: int | None, end: float, shar
                 }
                 os.write(findings, json.dumps(text).encode() + b"\n")
             signal.alarm(0)
-            struct.pack_into("<qqq", shared, 0, number + 1, accepted, refused)
             number += 1
+            struct.pack_into("<qqq", shared, 0, number, accepted, refused)
 
 
 def fuzz(
@@ -79,7 +80,7 @@ def fuzz(
             if child == 0:
                 status = 1
                 try:
-                    _work(target, seed, struct.unpack_from("<q", shared)[0], last, end, shared, findings.fileno())
+                    _work(target, seed, inputs, end, shared, findings.fileno())
                     status = 0
                 finally:
                     os._exit(status)
@@ -99,6 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60, help="of all targets together (default: 60)")
+    parser.add_argument("--inputs", type=int, help="of each target, at most (default: as many as the time allows)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--target", choices=list(TARGETS), action="append", help="may be given several times (default: all)"
@@ -112,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     total = 0
     for target in targets:
-        accepted, refused, found = fuzz(target, options.seed, options.seconds / len(targets))
+        accepted, refused, found = fuzz(target, options.seed, options.seconds / len(targets), options.inputs)
         total += len(found)
         print(f"{target}: {accepted} inputs accepted, {refused} refused, {len(found)} findings", flush=True)
         places: dict[str, list[dict]] = {}
