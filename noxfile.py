@@ -51,6 +51,7 @@ def install(session: nox.Session, torch: str, env: dict[str, str] | None = None)
 
 
 def pytest(session: nox.Session, tests: list[str]) -> None:
+    """Runs these tests, or those that the command line names."""
     session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or tests))
 
 
