@@ -32,8 +32,15 @@ _DEFAULTS = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
-_LLAMA = _DEFAULTS | {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048}
-_MISTRAL = _LLAMA | {
+_LLAMA = _DEFAULTS | {
+    "vocab_size": 32000,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+_MISTRAL = _DEFAULTS | {
+    "vocab_size": 32000,
     "intermediate_size": 14336,
     "max_position_embeddings": 131072,
     "num_key_value_heads": 8,
@@ -48,6 +55,7 @@ _QWEN = _DEFAULTS | {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+_QWEN3 = _QWEN | {"head_dim": 128, "attention_bias": False}
 
 ARCHITECTURES = (
     # The first conversions of Llama wrote LLaMA.
@@ -64,7 +72,7 @@ ARCHITECTURES = (
     Architecture(
         "qwen2", ("Qwen2ForCausalLM", "MiMoForCausalLM"), ("qwen2", "mimo"), "qwen2", qkv_bias=True, defaults=_QWEN
     ),
-    Architecture("qwen3", ("Qwen3ForCausalLM",), ("qwen3",), "qwen3", qk_norm=True, defaults=_QWEN | {"head_dim": 128}),
+    Architecture("qwen3", ("Qwen3ForCausalLM",), ("qwen3",), "qwen3", qk_norm=True, defaults=_QWEN3),
 )
 
 BY_NAME = {row.name: row for row in ARCHITECTURES}

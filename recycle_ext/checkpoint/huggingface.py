@@ -41,8 +41,8 @@ def read_config(file: Path, name: str) -> ModelConfig:
             fields.refuse(key, fields.values[key], "a config.json without this key")
     check_activation(fields)
     for key in ("attention_bias", "mlp_bias"):
-        # Qwen2 has a bias on q, k and v even without "attention_bias"; MiMo's config.json has that key.
-        if get(key, bool, False) and not (architecture.qkv_bias and key == "attention_bias"):
+        # Qwen2 has its bias on q, k and v whatever the key says; so has MiMo, whose config.json has the key.
+        if key in architecture.defaults and get(key, bool):
             fields.refuse(key, True, "a bias on q, k and v of Qwen2, and nowhere else,")
     hidden_size, n_heads = get("hidden_size", int), get("num_attention_heads", int)
     if hidden_size < 1 or n_heads < 1:
