@@ -20,7 +20,7 @@ from recycle_ext.checkpoint.architectures import ARCHITECTURES
 from recycle_ext.checkpoint.base_model import open_checkpoint
 from recycle_ext.errors import RecycleError
 
-transformers = pytest.importorskip("transformers", reason="the extra `bench` brings it")
+transformers = pytest.importorskip("transformers", reason="the extra `test` brings it")
 
 ABSENT = object()
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -13,8 +13,9 @@ END_TEXTS = (
     *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
 )
-# Where all tokens of a row are there, <|end|> ends a message and the model goes on with the next one.
-_GOES_ON_AFTER_END = (("<|return|>", "<|call|>"), ("<|calls|>", "<|flush|>"))
+# Texts that are no ends where the vocabulary has one text of each group, as in llama.cpp: the model goes on after a
+# message's <|end|> there, or writes </s> as plain text.
+_NO_ENDS = {"<|end|>": (("<|call|>", "<|calls|>"), ("<|return|>", "<|flush|>")), "</s>": (("<|tool_response>",),)}
 
 
 def end_tokens(named: Iterable[int | None], token_id: Callable[[str], int | None], vocab_size: int) -> tuple[int, ...]:
@@ -27,7 +28,8 @@ def end_tokens(named: Iterable[int | None], token_id: Callable[[str], int | None
     a text that is one token of the vocabulary, else None.
     """
     ids = {text: token_id(text) for text in END_TEXTS}
-    if any(all(ids[text] is not None for text in row) for row in _GOES_ON_AFTER_END):
-        del ids["<|end|>"]
+    for text, groups in _NO_ENDS.items():
+        if all(any(ids[other] is not None for other in group) for group in groups):
+            del ids[text]
     union = dict.fromkeys([*named, *ids.values()])
     return tuple(i for i in union if i is not None and 0 <= i < vocab_size)

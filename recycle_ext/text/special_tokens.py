@@ -10,53 +10,50 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-Json = dict[str, Any]  # one of the two files, parsed
+Json = dict[str, Any]  # one of the two files, parsed, or both
 _END_NAMES = ("eos_token", "eot_token", "eom_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-def named_tokens(config: Json, special_tokens_map: Json) -> dict[str, str]:
-    """Text of each token that has a name (bos_token, eos_token, ...), for chat templates.
-
-    As in transformers: the map counts before tokenizer_config.json, but not where that file lists the added tokens.
-    """
-    first, then = _named(special_tokens_map), _named(config)
-    return first | then if "added_tokens_decoder" in config else then | first
+def merged(config: Json, special_tokens_map: Json) -> Json:
+    """Both files as one, as in transformers: the map counts first, but not where the config lists the added tokens."""
+    return config if "added_tokens_decoder" in config else config | special_tokens_map
 
 
-def end_texts(config: Json, special_tokens_map: Json) -> list[str]:
-    """Texts of the tokens that either file calls an end."""
-    files = _named(config), _named(special_tokens_map)
-    return [tokens[name] for tokens in files for name in _END_NAMES if name in tokens]
-
-
-def add_special_tokens(backend: Tokenizer, config: Json, special_tokens_map: Json) -> None:
-    """Makes every token that a file lists or names a special token of ``backend``, with the flags that a file gives."""
-    listed = config.get("added_tokens_decoder")
-    listed = listed if isinstance(listed, dict) else {}
-    # In the order of their ids: the backend numbers tokens that are new to it.
-    ids = sorted((name for name in listed if name.isdecimal()), key=int)
-    backend.add_tokens([_token(listed[name], special=False) for name in ids if _text(listed[name])])
-    for value in [*_values(config), *_values(special_tokens_map)]:
-        known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-        token = known.get(_text(value)) or _token(value)
-        token.special = True
-        backend.add_special_tokens([token])
-
-
-def _named(values: Json) -> dict[str, str]:
+def named(values: Json) -> dict[str, str]:
+    """Text of each token that has a name (bos_token, eos_token, ...)."""
     extra = values.get("extra_special_tokens")
     values = values | (extra if isinstance(extra, dict) else {})
     return {name: _text(value) for name, value in values.items() if name.endswith("_token") and _text(value)}
 
 
-def _values(values: Json) -> Iterator[Any]:
-    """The special tokens of one file, as the file writes them: a text, or an object with the text and flags."""
-    extra = values.get("extra_special_tokens")
-    yield from (value for name, value in values.items() if name.endswith("_token") and _text(value))
-    yield from filter(_text, extra.values() if isinstance(extra, dict) else [])
+def ends(values: Json) -> list[str]:
+    """Texts of the tokens that are called an end."""
+    tokens = named(values)
+    return [tokens[name] for name in _END_NAMES if name in tokens]
+
+
+def add_to(backend: Tokenizer, values: Json) -> None:
+    """Makes every token that is listed or named a special token of ``backend``, with the flags that it is listed with."""
+    listed = values.get("added_tokens_decoder")
+    listed = listed if isinstance(listed, dict) else {}
+    # In the order of their ids: the backend numbers tokens that are new to it.
+    ids = sorted((name for name in listed if name.isdecimal()), key=int)
+    backend.add_tokens([_token(listed[name], special=False) for name in ids if _text(listed[name])])
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for value in filter(_text, _specials(values)):
+        token = known.get(_text(value)) or _token(value, special=True)
+        token.special = True
+        backend.add_special_tokens([token])
+
+
+def _specials(values: Json) -> Iterator[Any]:
+    """The special tokens as the files write them: a text, or an object with the text and flags."""
+    yield from (value for name, value in values.items() if name.endswith("_token"))
     for name in ("extra_special_tokens", "additional_special_tokens"):
-        yield from filter(_text, values[name] if isinstance(values.get(name), list) else [])
+        tokens = values.get(name)
+        if isinstance(tokens, (list, dict)):
+            yield from tokens.values() if isinstance(tokens, dict) else tokens
 
 
 def _text(value: Any) -> str:
@@ -64,7 +61,7 @@ def _text(value: Any) -> str:
     return text if isinstance(text, str) else ""
 
 
-def _token(value: Any, special: bool = True) -> AddedToken:
+def _token(value: Any, special: bool) -> AddedToken:
     flags = value if isinstance(value, dict) else {}
     flags = {name: flags[name] for name in _FLAGS if isinstance(flags.get(name), bool)}
     return AddedToken(_text(value), **{"special": special} | flags)

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer as Backend
 
 from recycle_ext.errors import RecycleError
 from recycle_ext.text import chat_template as chat
+from recycle_ext.text import special_tokens
 from recycle_ext.text.end_tokens import end_tokens
-from recycle_ext.text.special_tokens import add_special_tokens, end_texts, named_tokens
 from recycle_ext.text.stream import TextStream
 
 # Words, numbers, runs of punctuation and of white space, as Llama 3 and Qwen 2 split them.
@@ -107,22 +107,25 @@ def from_json(
         raise RecycleError(f"{file}: not a tokenizer: {error}") from None
     backend.no_truncation()
     backend.no_padding()
-    add_special_tokens(backend, config, special_tokens_map)
-    special_tokens = named_tokens(config, special_tokens_map)
-    if "bos_token" in special_tokens:
-        bos_token_id = backend.token_to_id(special_tokens["bos_token"])
-    ends = [*eos_token_ids, *map(backend.token_to_id, end_texts(config, special_tokens_map))]
+    settings = special_tokens.merged(config, special_tokens_map)
+    special_tokens.add_to(backend, settings)
+    named = special_tokens.named(settings)
+    if "bos_token" in named:
+        bos_token_id = backend.token_to_id(named["bos_token"])
+    named_ends = [*special_tokens.ends(config), *special_tokens.ends(special_tokens_map)]
     adds_bos = config.get("add_bos_token")
     if adds_bos is None:
         adds_bos = bos_token_id in backend.encode("").ids
     return Tokenizer(
         backend=backend,
         vocab_size=vocab_size,
-        eos_token_ids=end_tokens(ends, backend.token_to_id, vocab_size),
+        eos_token_ids=end_tokens(
+            [*eos_token_ids, *map(backend.token_to_id, named_ends)], backend.token_to_id, vocab_size
+        ),
         bos_token_id=bos_token_id,
         adds_bos=adds_bos,
         chat_template=chat.template_in(config) if chat_template is None else chat_template,
-        special_tokens=special_tokens,
+        special_tokens=named,
     )
 
 
