@@ -80,7 +80,7 @@ def _architecture(fields: Fields) -> Architecture:
     known = BY_HF_CLASS[classes[0]].model_types if classes else BY_MODEL_TYPE
     if model_type not in known and (model_type or not classes):
         beside = f' beside "architectures" {classes}' if classes else ""
-        fields.refuse("model_type", model_type, f"one of {', '.join(known)}{beside}")
+        fields.refuse("model_type", fields.values.get("model_type"), f"one of {', '.join(known)}{beside}")
     return BY_MODEL_TYPE[model_type] if model_type else BY_HF_CLASS[classes[0]]
 
 
