@@ -82,7 +82,7 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
         path, name = local_path(str(model))
     if path.is_dir():
         config = huggingface.read_config(path / "config.json", name or path.resolve().name)
-        tensors = huggingface.read_tensors(path, config)
+        config, tensors = huggingface.resolve_tied_head(config, huggingface.read_tensors(path, config))
     else:
         header = GgufHeader(path)
         config = gguf.read_config(header)

@@ -81,7 +81,7 @@ class ModelConfig(StackConfig):
     max_position_embeddings: int  # at most the sliding window, where the model has one
     tie_word_embeddings: bool
     bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]  # of a directory, without those of the tokenizer: Tokenizer.eos_token_ids has all
     name: str
     # Divisors of inv_freq that a GGUF file brings in place of the rule (rope_freqs.weight).
     rope_freq_factors: tuple[float, ...] | None = None
