@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,8 +35,8 @@ def _reason(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, OSError):
             return error.strerror or str(error)
-        if isinstance(error, SafetensorError):
-            return str(error)
+        if isinstance(error, SafetensorError) and (found := re.search(r"I/O error: (.*) \(os error", str(error))):
+            return found[1]
         error = error.__context__
     return None
 
