@@ -27,6 +27,7 @@ from recycle_ext.bench.runners import OURS
 from recycle_ext.decoding.cuda_graph import GraphedStep
 from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.errors import RecycleError
+from recycle_ext.files import check_output, has_keys, make_directory, write_whole
 from recycle_ext.measuring.bandwidth import read_bandwidth
 from recycle_ext.measuring.extras import is_installed
 from recycle_ext.measuring.interleave import rounds
@@ -86,17 +87,17 @@ def run(device_name: str, directory: str) -> int:
     if device.type != "cuda":
         raise RecycleError(f"--report needs a GPU: --device is {device_name}")
     out = Path(directory)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecycleError(f"--report {directory}: {error.strerror}") from None
+    check_folder(out)
+    make_directory(out)
     torch.cuda.set_device(device)
     report = {
         "machine": gpu_machine(device),
-        "checks": {"tests": run_tests(out)},
+        "checks": {},
         "settings": {"context": CONTEXT, "steps": STEPS, "rounds": ROUNDS, "prompt": PROMPT},
         "results": [],
     }
+    write_json(report, out)
+    report["checks"]["tests"] = run_tests(out)
     for shape in SHAPES:
         report["results"] += measure(shape, device)
         write(report, out)
@@ -106,11 +107,26 @@ def run(device_name: str, directory: str) -> int:
     return int(any("failed" in status for status in report["checks"].values()))
 
 
+def check_folder(out: Path) -> None:
+    """Raises RecycleError where a file of the report would replace one that no earlier report made."""
+    if (out / "gpu.json").exists():
+        check_output("--report", out / "gpu.json", lambda content: has_keys(content, {"machine", "checks", "results"}))
+        return
+    names = ("gpu.md", "gpu.png", "tests.txt", "memcheck.txt", "racecheck.txt")
+    if found := [name for name in names if (out / name).exists()]:
+        raise RecycleError(f"--report {out}: {found[0]} is there already, without a gpu.json; give another directory")
+
+
+def write_json(report: dict, out: Path) -> None:
+    """Writes gpu.json, which shows that the folder is a report's."""
+    write_whole(out / "gpu.json", json.dumps(report, indent=2) + "\n")
+
+
 def write(report: dict, out: Path) -> None:
     """Writes gpu.json, gpu.md and gpu.png with the results so far."""
     results = report["results"]
-    Path(out, "gpu.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    Path(out, "gpu.md").write_text(f"{heading(report)}\n\n{table(results)}\n", "utf-8")
+    write_json(report, out)
+    write_whole(out / "gpu.md", f"{heading(report)}\n\n{table(results)}\n")
     if is_installed("matplotlib"):
         plot(bars(results), heading(report), str(out / "gpu.png"), group="shape")
 
