@@ -207,8 +207,7 @@ def show(results: dict, options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    options = parse_arguments(arguments)
-    return exit_status(lambda: run(options))
+    return exit_status(lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

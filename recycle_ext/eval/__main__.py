@@ -37,7 +37,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description="Measures a module: acceptance, speed and quality of the modes on prompts of several kinds, and "
         "accuracy on a cloze set. Without PROMPT and --prompts: on the prompts of this package.",
     )
-    parser.add_argument("prompt", metavar="PROMPT", nargs="*", help="texts to continue")
+    parser.add_argument(
+        "prompt", metavar="PROMPT", nargs="*", help="texts to continue; write -- before a text that begins with -"
+    )
     parser.add_argument(
         "--prompts",
         metavar="FILE",
@@ -219,8 +221,7 @@ def report_differences(rows: Sequence[dict]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    options = parse_arguments(arguments)
-    return exit_status(lambda: run(options))
+    return exit_status(lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":
