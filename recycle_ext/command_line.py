@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
-from recycle_ext.errors import RecycleError
+from recycle_ext.errors import RecycleError, RecycleWarning
 
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
 
 def exit_status(run: Callable[[], int]) -> int:
-    """Runs a command; errors of the user's become one line and exit status 2."""
+    """Runs a command; errors of the user's become one line and exit status 2, warnings one line."""
+    warnings.formatwarning = _format_warning
     try:
         return run()
     except RecycleError as error:
@@ -24,6 +26,16 @@ def exit_status(run: Callable[[], int]) -> int:
         # The reader has seen enough; keep Python from complaining once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+_format_with_code = warnings.formatwarning
+
+
+def _format_warning(message: Warning | str, category: type[Warning], *place) -> str:
+    """What is wrong with a user's file, without the place in the code that found it."""
+    if issubclass(category, RecycleWarning):
+        return f"warning: {message}\n"
+    return _format_with_code(message, category, *place)
 
 
 def names(flag: str, text: str, allowed: Sequence[str]) -> list[str]:
