@@ -74,4 +74,4 @@ def _is_float32(base: Checkpoint, dtype: str | None) -> bool:
     if dtype is not None:
         return dtype == "f32"
     source = base.tensors["model.layers.0.mlp.down_proj.weight"]
-    return base.path.endswith(".gguf") and source.format == "f32" and source.ggml_type is None
+    return base.is_gguf and source.format == "f32" and source.ggml_type is None

@@ -181,7 +181,7 @@ def _format(source: TensorSource, base: Checkpoint, dtype: str | None, is_head: 
     if dtype is not None:
         # A 4-bit matrix is not quantized again to the other 4-bit format.
         return source.format if dtype == "q4" and source.format in ("q4_0", "q4_1") else DTYPES[dtype][0]
-    if not base.path.endswith(".gguf"):
+    if not base.is_gguf:
         return "bf16"
     return "f16" if source.ggml_type is not None else source.format
 
