@@ -109,10 +109,11 @@ std::tuple<Tensor, Tensor> step(const char* op, const StepArguments& given, int6
   const Checker checker = checker_of(op, "weights", given.weights);
   const Device device = device_of(checker);
   Model model;
-  const DecodeState state = check_state(checker, given, &model, [&](const DecodeState& state) {
-    return cuda::decode_scratch_bytes(*state.model, state.batch, state.num_draft_tokens, state.sampling.greedy(),
-                                      device);
-  });
+  DecodeState state = check_state(checker, given, &model);
+  checker.bytes(
+      "scratch", given.scratch,
+      cuda::decode_scratch_bytes(model, state.batch, state.num_draft_tokens, state.sampling.greedy(), device));
+  state.scratch = data<std::byte>(given.scratch);
   check_gpu_cache(checker, "base_cache", state.base_cache, device);
   if (state.num_draft_tokens > 0) {
     check_gpu_cache(checker, "module_cache", state.module_cache, device);

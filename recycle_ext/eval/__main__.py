@@ -140,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
             "`python -m recycle_ext.train` makes one"
         )
     if options.threads is not None:
-        torch.set_num_threads(_C.n_threads())  # of the base model in plain PyTorch
+        torch.set_num_threads(model.packed.threads)  # of the base model in plain PyTorch
     limit, cache_dtype = options.max_new_tokens, options.cache_dtype
     encoded = encode_prompts(model, prompts, limit)
     asked = None if items is None else encode_cloze(model, items)
@@ -186,7 +186,7 @@ def settings(options: argparse.Namespace, drafts: list[int], checkpoint: Checkpo
         "cache_dtype": options.cache_dtype,
         "reference_dtype": options.reference_dtype if options.quality else None,
         "device": options.device,
-        "threads": _C.n_threads(),
+        "threads": model.packed.threads or _C.n_threads(),
         "drafts": drafts,
         "max_new_tokens": options.max_new_tokens,
         "chat_template": model.tokenizer.chat_template is not None,

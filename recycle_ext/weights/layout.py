@@ -57,7 +57,7 @@ def pack_matrix(matrix: Tensor, format: str) -> Tensor:
     if format not in FORMATS:
         raise RecycleError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
     n, k = matrix.shape
-    packed = torch.empty(matrix_bytes(format, n, k), dtype=torch.uint8)
+    packed = torch.empty(matrix_bytes(format, n, k), dtype=torch.uint8, device="cpu")
     pack_rows(convert_rows(matrix.float(), format), format, n, k, 0, packed)
     return packed
 

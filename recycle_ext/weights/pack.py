@@ -39,6 +39,7 @@ class PackedModel:
     head_bytes: int
     module_bytes: int
     formats: str  # the formats of the matrices, the most bytes first: "q4_1, q8_0"
+    threads: int | None = None  # of the decoders of this model; None: the process's number (_C.n_threads())
     # What decoders of this model share, by name; decoding/decoder.py keeps its measured step costs here.
     shared: dict = field(default_factory=dict, compare=False, repr=False)
 
@@ -79,7 +80,7 @@ def pack_model(
     check_dtypes(dtype, module_dtype)
     check_sizes(base.config, base.path)
     size = describe(base, module, dtype, module_dtype).weights_bytes
-    weights = torch.empty(size, dtype=torch.uint8)
+    weights = torch.empty(size, dtype=torch.uint8, device="cpu")
     _C.use_huge_pages(weights.numpy())
     return describe(base, module, dtype, module_dtype, weights).packed_model(weights)
 
@@ -115,7 +116,7 @@ class Description:
         """The model whose weights, uint8 [weights_bytes], these are."""
         return PackedModel(
             weights=weights,
-            plan=torch.tensor(self.entries, dtype=torch.int64),
+            plan=torch.tensor(self.entries, dtype=torch.int64, device="cpu"),
             config=self.config,
             module_config=self.module_config,
             layer_bytes=self.layer_bytes,
