@@ -11,7 +11,9 @@ import dataclasses
 
 import pytest
 import torch
-from cuda_emulation.library import CACHE_TYPES, COMPILER, Emulated, build_library
+from cuda_emulation.builds import COMPILER
+from cuda_emulation.cases import CACHE_TYPES
+from cuda_emulation.library import Emulated, build_library
 from models import ARCHITECTURES, write_base, write_module
 
 from recycle_ext.bench.random_model import SHAPES, random_model

@@ -1,4 +1,5 @@
 // The C functions of the emulation library (library.py). All "GPU memory" is the memory of the process.
+#include "emulator.h"
 #include "ops.h"
 #include "recycle/decode_step.h"
 #include "recycle/model.h"
@@ -68,6 +69,7 @@ const char* emulated_decode_step(const EmulatedState* given, int64_t prefill_seq
   const bool started = prefill_sequence < 0
                            ? recycle::cuda::decode_step(state, tokens, counts, kDevice, nullptr)
                            : recycle::cuda::finish_prefill(state, prefill_sequence, tokens, counts, kDevice, nullptr);
+  recycle::cuda::emulator::synchronize();
   return started ? nullptr : "a kernel was not launched";
 }
 

@@ -25,6 +25,12 @@ inline constexpr int64_t kPrefillRows = 64;
 // module writes the confirmed rows (at most k + 1), then k - 1 rows of its own.
 constexpr int64_t positions_needed(int64_t num_draft_tokens) { return num_draft_tokens > 0 ? 2 * num_draft_tokens : 1; }
 
+// counts[b] of a step for a sequence that failed. Its pending tokens, lengths and draft_probs are as before the step,
+// its row of tokens is all -1, and the other sequences are what they would be without it.
+inline constexpr int64_t kNotFinite = -1;  // a logit was NaN or infinite
+inline constexpr int64_t kNoRoom = -2;     // its caches lack positions_needed()
+inline constexpr int64_t kBadToken = -3;  // a pending token is outside of the vocabulary; the CPU's op refuses the call
+
 // The module may have read fewer positions than the base model, because standard steps leave the module out.
 // The module then continues as if the tokens in between were absent: its rows follow each other, and its
 // lengths are counted apart. Standard steps leave these lengths as they are.
