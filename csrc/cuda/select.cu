@@ -323,7 +323,7 @@ SelectParams select_params(const DecodeState& state, int prefill_sequence, const
   params.head_reads_every_row = state.mode == Mode::verify && prefill_sequence < 0;
   params.is_sampled = !state.sampling.greedy();
   params.seeds = state.sampling.seeds;
-  params.draft_probs = state.draft_probs;
+  params.draft_probs = params.is_sampled ? state.draft_probs : nullptr;
   if (!drafts) return params;
   params.embed_norm = module.embed_norm;
   params.hidden_norm = module.hidden_norm;

@@ -75,7 +75,17 @@ def objects_folder() -> Path:
 def _command(variant: Variant, source: Path, cuda: Path, out: Path) -> list[str]:
     flags = f"{_COMMON} {_UNSANITIZED if source.parent == HERE else variant.kernels} {variant.emulator}"
     headers = [path for path in (variant.headers, INCLUDE, cuda, HERE) if path is not None]
-    return [COMPILER, *flags.split(), *(f"-I{path}" for path in headers), "-x", "c++", "-c", str(source), "-o", str(out)]
+    return [
+        COMPILER,
+        *flags.split(),
+        *(f"-I{path}" for path in headers),
+        "-x",
+        "c++",
+        "-c",
+        str(source),
+        "-o",
+        str(out),
+    ]
 
 
 def compile_object(variant: Variant, source: Path, out: Path, cuda: Path = CUDA) -> Path:

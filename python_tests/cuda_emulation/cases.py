@@ -106,7 +106,8 @@ def step(
     name = f"{mode}, {format}, {drafts} drafts, lengths {lengths}, {str(cache).removeprefix('torch.')} cache"
     name += f", temperature {temperature}, top_k {top_k}, top_p {top_p}" * (temperature > 0) + ", prefill" * prefill
     caches = [_random(1, 2, batch, KV_HEADS, capacity, HEAD_DIM, dtype=cache) for _ in range(2)]
-    probs = torch.full((batch, drafts, DRAFT_VOCAB), 1 / DRAFT_VOCAB)
+    has_probs = mode == "verify" and temperature > 0
+    probs = torch.full((batch, drafts, DRAFT_VOCAB if has_probs else 0), 1 / DRAFT_VOCAB)
     fields = (len(plan), plan, len(weights), weights, batch, drafts, MODES[mode], 0 if prefill else -1, steps)
     fields += (CACHE_TYPES[cache], capacity, caches[0], capacity, caches[1], pending, torch.stack((held, held)))
     fields += (probs, temperature, top_k, top_p, torch.arange(batch) + 5)

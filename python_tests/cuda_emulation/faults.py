@@ -133,7 +133,10 @@ FAULTS = [
         "attention.cu",
         CHECKS,
         _ATTENTION,
-        ("a shuffle with a full mask, which other threads of the warp call from another place", "AttentionKernelParams"),
+        (
+            "a shuffle with a full mask, which other threads of the warp call from another place",
+            "AttentionKernelParams",
+        ),
     ),
     Fault(
         "counters not reset at the beginning of a step",
