@@ -35,7 +35,7 @@ class Variant:
     headers: Path | None = None  # a folder that is searched before csrc/include
 
 
-VALUES = Variant("values", "-O2")
+VALUES = Variant("values", "-O1")
 # Without the functions' entries and ends: a thread's identity may change in the midst of a function.
 RACES = Variant(
     "races",

@@ -128,7 +128,7 @@ void run_step(Input& input) {
   const int64_t weights_bytes = input.integer();
   const auto* weights = input.array<std::byte>();
   recycle::Model model;
-  if (const char* wrong = recycle::read_plan(plan, plan_length, weights, weights_bytes, &model)) {
+  if (const char* wrong = recycle::read_plan(plan, plan_length, weights, weights_bytes, &model, false)) {
     std::fprintf(stderr, "replay: %s\n", wrong);
     std::exit(2);
   }
