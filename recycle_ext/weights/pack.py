@@ -39,6 +39,7 @@ class PackedModel:
     head_bytes: int
     module_bytes: int
     formats: str  # the formats of the matrices, the most bytes first: "q4_1, q8_0"
+    threads: int | None = None  # of the decoders of this model; None: the process's number (_C.n_threads())
     # What decoders of this model share, by name; decoding/decoder.py keeps its measured step costs here.
     shared: dict = field(default_factory=dict, compare=False, repr=False)
 
@@ -79,7 +80,7 @@ def pack_model(
     check_dtypes(dtype, module_dtype)
     check_sizes(base.config, base.path)
     size = describe(base, module, dtype, module_dtype).weights_bytes
-    weights = torch.empty(size, dtype=torch.uint8)
+    weights = torch.empty(size, dtype=torch.uint8, device="cpu")
     _C.use_huge_pages(weights.numpy())
     return describe(base, module, dtype, module_dtype, weights).packed_model(weights)
 
@@ -115,7 +116,7 @@ class Description:
         """The model whose weights, uint8 [weights_bytes], these are."""
         return PackedModel(
             weights=weights,
-            plan=torch.tensor(self.entries, dtype=torch.int64),
+            plan=torch.tensor(self.entries, dtype=torch.int64, device="cpu"),
             config=self.config,
             module_config=self.module_config,
             layer_bytes=self.layer_bytes,
@@ -181,7 +182,7 @@ def _format(source: TensorSource, base: Checkpoint, dtype: str | None, is_head: 
     if dtype is not None:
         # A 4-bit matrix is not quantized again to the other 4-bit format.
         return source.format if dtype == "q4" and source.format in ("q4_0", "q4_1") else DTYPES[dtype][0]
-    if not base.path.endswith(".gguf"):
+    if not base.is_gguf:
         return "bf16"
     return "f16" if source.ggml_type is not None else source.format
 
