@@ -68,12 +68,9 @@ def _work(target: str, seed: int, inputs: int | None, end: float, shared: mmap.m
             struct.pack_into("<qqq", shared, 0, number, accepted, refused)
 
 
-def fuzz(
-    target: str, seed: int, seconds: float, first: int = 0, last: int | None = None
-) -> tuple[int, int, list[dict]]:
-    """Inputs accepted and refused, and the findings."""
+def fuzz(target: str, seed: int, seconds: float, inputs: int | None = None) -> tuple[int, int, list[dict]]:
+    """Numbers of inputs accepted and refused, and the findings."""
     shared, end = mmap.mmap(-1, 24), time.monotonic() + seconds
-    struct.pack_into("<q", shared, 0, first)
     with tempfile.TemporaryFile() as findings:
         while time.monotonic() < end:
             child = os.fork()
