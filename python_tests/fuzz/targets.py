@@ -247,7 +247,7 @@ def head(folder: Path) -> One:
         try:
             to_module(Source(folder / "head"), base, random.random() < 0.3)
         except RecycleError as error:
-            return refused(error, folder / "head")
+            return refused(error, folder / "head", "the head's")
         return True
 
     return one

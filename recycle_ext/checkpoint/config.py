@@ -73,6 +73,17 @@ class StackConfig:
         return rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling)
 
 
+def check_numbers(config: StackConfig, file: str) -> None:
+    """Raises RecycleError for a base of RoPE or an eps that float32 cannot hold."""
+    most = torch.finfo(torch.float32).max
+    if not 0 < config.rope_theta <= most:
+        raise RecycleError(f"{file}: rope_theta is {config.rope_theta}; it must be positive, and a number in float32")
+    if not 0 <= config.rms_norm_eps <= most:
+        raise RecycleError(
+            f"{file}: rms_norm_eps is {config.rms_norm_eps}; it must be 0 or more, and a number in float32"
+        )
+
+
 @dataclass(frozen=True)
 class ModelConfig(StackConfig):
     """A Llama-family base model."""
