@@ -26,8 +26,8 @@ class RopeScaling:
         """From the parsed keys of a config.json. ``where``: how an error names them."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in names:
-            if not isinstance(value := values.get(name), (int, float)) or value <= 0:
-                raise RecycleError(f"{where}: {name} is {value!r}; it must be a positive number")
+            if not isinstance(value := values.get(name), (int, float)) or not 0 < value <= _MAX_FLOAT32:
+                raise RecycleError(f"{where}: {name} is {value!r}; it must be a positive number, which float32 holds")
         *factors, length = (values[name] for name in names)
         return cls(*map(float, factors), int(length))
 
