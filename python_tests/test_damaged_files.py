@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from model_files import edit_json, write_gguf
+from model_files import LLAMA3, edit_json, write_gguf
 from models import write_base
 
 from recycle_ext.checkpoint.base_model import open_checkpoint
@@ -32,6 +32,14 @@ def test_number_that_float32_cannot_hold_is_refused(tmp_path, key, value):
     write_base(tmp_path)
     edit_json(**{key: value})(tmp_path)
     with pytest.raises(RecycleError, match=f"config.json: {key} is .*float32|{tmp_path}: {key} is .*float32"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("length", [10**40, float("inf"), float("nan")])
+def test_length_of_rope_scaling_that_float32_cannot_hold_is_refused(tmp_path, length):
+    write_base(tmp_path)
+    edit_json(rope_scaling=LLAMA3 | {"original_max_position_embeddings": length})(tmp_path)
+    with pytest.raises(RecycleError, match=r"original_max_position_embeddings is .*float32"):
         open_checkpoint(tmp_path)
 
 

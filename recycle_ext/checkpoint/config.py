@@ -12,6 +12,9 @@ import torch
 from recycle_ext.errors import RecycleError
 
 
+_MAX_FLOAT32 = torch.finfo(torch.float32).max
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3's rule for stretching RoPE to longer contexts (Llama 3.1 model card, section "RoPE")."""
@@ -75,12 +78,11 @@ class StackConfig:
 
 def check_numbers(config: StackConfig, file: str) -> None:
     """Raises RecycleError for a base of RoPE or an eps that float32 cannot hold."""
-    most = torch.finfo(torch.float32).max
-    if not 0 < config.rope_theta <= most:
-        raise RecycleError(f"{file}: rope_theta is {config.rope_theta}; it must be positive, and a number in float32")
-    if not 0 <= config.rms_norm_eps <= most:
+    if not 0 < config.rope_theta <= _MAX_FLOAT32:
+        raise RecycleError(f"{file}: rope_theta is {config.rope_theta}; it must be positive, and float32 must hold it")
+    if not 0 <= config.rms_norm_eps <= _MAX_FLOAT32:
         raise RecycleError(
-            f"{file}: rms_norm_eps is {config.rms_norm_eps}; it must be 0 or more, and a number in float32"
+            f"{file}: rms_norm_eps is {config.rms_norm_eps}; it must be 0 or more, and float32 must hold it"
         )
 
 
