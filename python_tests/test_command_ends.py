@@ -40,12 +40,12 @@ def stream(number, place, encoding, errors, captured):
     return io.TextIOWrapper(os.fdopen(number, "wb", closefd=False), encoding, errors, line_buffering=number == 2)
 
 def end(case, captured):
-    os.environ.update(case["environment"])
     if case["no_home"]:
         import pwd
         def nobody(uid): raise KeyError(uid)
         pwd.getpwuid = nobody
         for name in ("HOME", "RECYCLE_CACHE", "XDG_CACHE_HOME"): os.environ.pop(name, None)
+    os.environ.update(case["environment"])
     sys.stderr = stream(2, case["stderr"], "utf-8", "backslashreplace", captured[1])
     sys.stdout = stream(1, case["stdout"], case["encoding"], "strict", captured[0])
     sys.stdin = stream(0, case["stdin"], "utf-8", "strict", None)

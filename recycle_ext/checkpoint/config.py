@@ -11,7 +11,6 @@ import torch
 
 from recycle_ext.errors import RecycleError
 
-
 _MAX_FLOAT32 = torch.finfo(torch.float32).max
 
 
