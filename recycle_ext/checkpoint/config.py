@@ -46,7 +46,7 @@ class RopeScaling:
 
 def rope_inv_freq(head_dim: int, rope_theta: float, scaling: RopeScaling | None) -> torch.Tensor:
     """Angles per position of each pair of dimensions, [head_dim / 2] float32 (RoFormer, eq. 15)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
     inv_freq = 1.0 / (rope_theta**exponents)
     return inv_freq if scaling is None else scaling(inv_freq)
 
@@ -90,7 +90,7 @@ class ModelConfig(StackConfig):
         """Angles per position, [head_dim / 2] float32, scaling included."""
         inv_freq = super().inv_freq()
         if self.rope_freq_factors is not None:
-            inv_freq = inv_freq / torch.tensor(self.rope_freq_factors, dtype=torch.float32)
+            inv_freq = inv_freq / torch.tensor(self.rope_freq_factors, dtype=torch.float32, device="cpu")
         return inv_freq
 
 
