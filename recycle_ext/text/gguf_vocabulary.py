@@ -17,34 +17,24 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from recycle_ext.errors import RecycleError, RecycleWarning
+from recycle_ext.text.end_tokens import CODE_ENDS, TURN_ENDS, no_ends
 from recycle_ext.text.sentencepiece import SentencePieceMerges
 from recycle_ext.text.split_rules import SPLIT_RULES, SplitRule
 from recycle_ext.text.tokenizer import Tokenizer
 
 # Token types in tokenizer.ggml.token_type (llama.h, enum llama_token_type).
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-# Texts that are control tokens whatever their type in the file: llama.cpp overrides the type (src/llama-vocab.cpp).
-_CONTROL_TEXTS = (
-    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>"),
-    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>"),
-    *("<end_of_turn>", "<turn|>", "<|tool_response>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[e~["),
-)
-# The same for tokens of code completion, unless the file names the token of the role. One of a row is enough.
-_CODE_TEXTS = {
+# Tokens of code completion are control tokens, unless the file names the token of the role. One of a row is enough.
+_CODE_TEXTS = CODE_ENDS | {
     "fim_pre": ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>")
     + ("<|code_prefix|>", "<|prefix|>"),
     "fim_suf": ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>")
     + ("<|code_suffix|>", "<|suffix|>"),
     "fim_mid": ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>")
     + ("<|code_middle|>", "<|middle|>"),
-    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
-    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
-    "fim_sep": ("<|file_sep|>",),
 }
 # Marks of a message that are part of the text.
 _SHOWN_TEXTS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
-# Where all texts of a row are there, <|end|> ends a message and not the answer.
-_SHOWN_ENDS = (("<|return|>", "<|call|>"), ("<|calls|>", "<|flush|>"))
 # A token without a text that a tokenizer can hold: its bytes are not UTF-8. U+10FFFE is no character.
 _NO_TEXT, _NO_TEXT_PATTERN = "\U0010fffe{}\U0010fffe", "\U0010fffe[0-9]+\U0010fffe"
 
@@ -126,7 +116,8 @@ def _kinds(metadata: GgufMetadata, tokens: list[str]) -> list[int]:
     """The tokens' types as llama.cpp corrects them: many converters write the marks of a chat as normal tokens."""
     kinds = metadata.numbers("tokenizer.ggml.token_type", len(tokens), _NORMAL)
     ids = {text: index for index, text in enumerate(tokens)}
-    control = [text for text in _CONTROL_TEXTS if text in ids]
+    # Whatever their type in the file (src/llama-vocab.cpp).
+    control = [text for text in TURN_ENDS if text in ids]
     for role, texts in _CODE_TEXTS.items():
         if metadata.token_id(role) is None:
             control += [text for text in texts if text in ids][:1]
@@ -135,10 +126,8 @@ def _kinds(metadata: GgufMetadata, tokens: list[str]) -> list[int]:
     for text in _SHOWN_TEXTS:
         if text in ids:
             kinds[ids[text]] = _USER_DEFINED
-    if "<|end|>" in ids and any(all(text in ids for text in row) for row in _SHOWN_ENDS):
-        kinds[ids["<|end|>"]] = _USER_DEFINED
-    if "</s>" in ids and "<|tool_response>" in ids:  # Gemma's mark for struck text
-        kinds[ids["</s>"]] = _NORMAL
+    for text in no_ends(ids) & ids.keys():
+        kinds[ids[text]] = _USER_DEFINED if text == "<|end|>" else _NORMAL
     return kinds
 
 
