@@ -204,6 +204,15 @@ def test_token_types_that_llama_cpp_overrides_are_control_tokens(folder):
     assert ours.decode([1, 2, 3]) == "<|channel|>"
 
 
+def test_special_tokens_of_phi3_take_the_white_space_after_them(folder, llama_cpp_reads):
+    pieces = "a", "▁", "▁a", "<|endoftext|>", "<|end|>", "<|user|>"
+    kinds = [*sentencepiece(*pieces)["token_type"][:-3], CONTROL, CONTROL, USER_DEFINED]
+    metadata = sentencepiece(*pieces, token_type=kinds)
+    file = write_vocabulary(folder / "phi3.gguf", metadata, name="My Phi-3 mini")
+    ours = llama_cpp_reads(file, ["<|user|>\n a<|end|> \n<s> a", "<unk>  a", "<|endoftext|> a"])
+    assert ours.encode("<|user|> a") == ours.encode("<|user|>a")
+
+
 def test_empty_token_has_the_name_that_llama_cpp_gives(folder, llama_cpp_reads):
     metadata = sentencepiece("ab", "", *"▁ab")
     ours = llama_cpp_reads(write_vocabulary(folder / "empty.gguf", metadata), ["abab", ""])

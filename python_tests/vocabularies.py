@@ -34,21 +34,23 @@ def sentencepiece(*pieces: str, **changes) -> dict:
 
 def byte_level(*merges: str, specials: tuple[str, ...] = ("<|bos|>", "<|im_end|>"), **changes) -> dict:
     """Metadata of a byte-level vocabulary: the special tokens, the bytes, what the merges give."""
+    merges = merges or ("a b",)  # a file must have some
     tokens = list(dict.fromkeys([*specials, *BYTE_LEVEL, *(merge.replace(" ", "") for merge in merges)]))
     return {
         "model": "gpt2",
         "pre": "llama-bpe",
         "tokens": tokens,
-        "merges": list(merges) or ["a b"],
+        "merges": list(merges),
         "token_type": [CONTROL] * len(specials) + [NORMAL] * (len(tokens) - len(specials)),
         "bos_token_id": 0,
         "eos_token_id": 1,
     } | changes
 
 
-def write_vocabulary(file: Path, metadata: dict) -> Path:
-    """A GGUF file with these keys of the tokenizer; None leaves a key out. A token may be bytes."""
+def write_vocabulary(file: Path, metadata: dict, name: str = "test") -> Path:
+    """A GGUF file of a model ``name`` with these keys of the tokenizer; None leaves a key out. A token may be bytes."""
     writer = gguf.GGUFWriter(file, "llama")
+    writer.add_name(name)
     add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, bool: writer.add_bool}
     for key, value in metadata.items():
         if value is not None:

@@ -18,7 +18,7 @@ def template_in(tokenizer_config: dict[str, Any]) -> str | None:
     """The template in a parsed tokenizer_config.json; of several, the one named "default"."""
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     return template
 

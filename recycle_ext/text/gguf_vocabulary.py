@@ -45,6 +45,9 @@ _CODE_TEXTS = {
 _SHOWN_TEXTS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 # Where all texts of a row are there, <|end|> ends a message and not the answer.
 _SHOWN_ENDS = (("<|return|>", "<|call|>"), ("<|calls|>", "<|flush|>"))
+# A fine-tuned Phi-3 can have Llama's architecture: its special tokens take the white space after them, but for these.
+_PHI3_NAMES, _PHI3_KEEPS_SPACE_AFTER = ("phi-3", "phi3"), ("<unk>", "<s>", "<|endoftext|>")
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # as GgufMetadata.strings writes bytes that are not UTF-8
 # A token without a text that a tokenizer can hold: its bytes are not UTF-8. U+10FFFE is no character.
 _NO_TEXT, _NO_TEXT_PATTERN = "\U0010fffe{}\U0010fffe", "\U0010fffe[0-9]+\U0010fffe"
 
@@ -70,8 +73,9 @@ def from_gguf(metadata: GgufMetadata, vocab_size: int, eos_token_ids: tuple[int,
     tokens = _texts(metadata.strings(prefix + "tokens"))
     kinds = _kinds(metadata, tokens)
     if model == "gpt2":
+        merges = metadata.strings(prefix + "merges")
         rule = _split_rule(file, metadata.get(prefix + "pre", str, ""))
-        backend = _byte_level(file, rule, tokens, metadata.strings(prefix + "merges"))
+        backend = _byte_level(file, rule, tokens, merges)
         adds_bos = rule.adds_bos
     elif model == "llama":
         scores = metadata.numbers(prefix + "scores", len(tokens), 0.0)
@@ -81,9 +85,15 @@ def from_gguf(metadata: GgufMetadata, vocab_size: int, eos_token_ids: tuple[int,
         adds_bos = True
     else:
         raise RecycleError(f"{file}: tokenizer {model!r} is not supported; gpt2 and llama are")
+    is_phi3 = any(name in metadata.get("general.name", str, "").lower() for name in _PHI3_NAMES)
     backend.add_tokens(
         [
-            AddedToken(text, normalized=False, special=kind != _USER_DEFINED)
+            AddedToken(
+                text,
+                normalized=False,
+                special=kind != _USER_DEFINED,
+                rstrip=is_phi3 and text not in _PHI3_KEEPS_SPACE_AFTER,
+            )
             for text, kind in zip(tokens, kinds, strict=True)
             if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
         ]
@@ -116,7 +126,7 @@ def _texts(tokens: list[str]) -> list[str]:
     for index, text in enumerate(tokens):
         if not text:
             text = f"[EMPTY_{index}]"
-        elif not text.isascii() and re.search("[\ud800-\udfff]", text):
+        elif _NOT_UTF8.search(text):
             text = _NO_TEXT.format(index)
         texts.append(text)
     return texts
@@ -160,9 +170,8 @@ def _byte_level(file: Path, rule: SplitRule, tokens: list[str], merges: list[str
     """Byte-level BPE (GPT-2, Llama 3, Qwen 2)."""
     vocab = {text: index for index, text in enumerate(tokens)}
     # Of a merge that is there twice, the first counts. A space at the start belongs to the left part.
-    pairs = [
-        (merge[:1] + left, right) for merge in dict.fromkeys(merges) for left, _, right in [merge[1:].partition(" ")]
-    ]
+    merges = [merge for merge in dict.fromkeys(merges) if not _NOT_UTF8.search(merge)]
+    pairs = [(merge[:1] + left, right) for merge in merges for left, _, right in [merge[1:].partition(" ")]]
     try:
         model = models.BPE(vocab, pairs, ignore_merges=rule.ignore_merges)
     except Exception as error:  # tokenizers raises nothing more specific
