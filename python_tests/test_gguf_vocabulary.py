@@ -36,7 +36,7 @@ PARTS = [
     *("...", "!!", "\n/", "$+<=>^~|`", "()[]{}", "_", "。", "！", "…", "“”", "۔", "︰"),
     *("北京", "ありカ", "한글", "ㄅㄱ", "Жж", "किெ", "๒", "Å", "🙂👩\u200d🚀", "\ue000", "<sentinel:12>", "IMGIMGABZ"),
 ]
-SPECIALS = ["<|im_end|>", "<s>", "</s>", "<unk>", "<mark>", "<|bos|>"]
+SPECIALS = ["<|im_end|>", "<|end|>", "<|call|>", "<|flush|>", "<unk>", "<mark>", "<|bos|>", "</s>", "<|tool_response>"]
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +117,11 @@ def byte_level_vocabularies(draw):
     missing = set(draw(st.lists(st.sampled_from(BYTE_LEVEL), max_size=5))) - in_merges
     letters = {letter for token in [*tokens, *words] if len(token) > 1 for letter in token}
     normal = [t for t in dict.fromkeys([*tokens, *words]) if t not in missing - letters]
-    kinds = draw(st.lists(st.sampled_from([NORMAL, CONTROL, USER_DEFINED]), min_size=4, max_size=4))
+    specials = draw(st.lists(st.sampled_from(SPECIALS), min_size=2, unique=True))
+    kinds = [draw(st.sampled_from([NORMAL, CONTROL, USER_DEFINED])) for _ in specials]
     return byte_level(
         *merges,
-        tokens=[*SPECIALS[:4], *normal],
+        tokens=[*specials, *normal],
         pre=draw(st.sampled_from([None, *SPLIT_RULES])),
         token_type=draw(st.sampled_from([None, kinds + [NORMAL] * len(normal)])),
         bos_token_id=draw(st.sampled_from([0, 1])),
@@ -134,7 +135,7 @@ def byte_level_vocabularies(draw):
 def sentencepiece_vocabularies(draw):
     letters = st.sampled_from("▁ab.1é北")
     pieces = draw(st.lists(st.text(letters, min_size=1, max_size=4), unique=True, max_size=40))
-    metadata = sentencepiece(*pieces, *SPECIALS[4:], "<|im_end|>")
+    metadata = sentencepiece(*pieces, *SPECIALS[:3])
     count = len(metadata["tokens"])
     scores = [draw(st.sampled_from([0.0, -1.0, -2.5, 3.0])) for _ in pieces]
     kinds = [draw(st.sampled_from([NORMAL, NORMAL, NORMAL, UNUSED, CONTROL, USER_DEFINED])) for _ in pieces]
@@ -158,7 +159,7 @@ def test_ids_of_any_vocabulary_equal_llama_cpp(folder, llama_cpp_reads, metadata
     llama_cpp_reads(write_vocabulary(folder / "any.gguf", metadata), some)
 
 
-@pytest.mark.parametrize("key", ["bos", "eos", "unknown", "padding", "eot"])
+@pytest.mark.parametrize("key", ["bos", "eos", "unknown", "padding"])
 @pytest.mark.parametrize("number", [2**32 - 1, 999])
 def test_special_id_outside_the_vocabulary_is_llama_cpp_s(folder, llama_cpp_reads, key, number):
     metadata = sentencepiece("ab", "▁ab", *"▁ab") | {f"{key}_token_id": number}

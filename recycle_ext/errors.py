@@ -7,3 +7,14 @@ class RecycleError(ValueError):
 
 class RecycleWarning(UserWarning):
     """Says in one message what a file leaves open or has wrong, and what is assumed instead."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; torch's CPU allocator raises a plain RuntimeError, the system an OSError."""
+    words = ("not enough memory", "can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def first_line(error: BaseException) -> str:
+    """The message of another library's error on one line, or its type where there is none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

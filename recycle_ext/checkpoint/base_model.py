@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from recycle_ext import arguments
+from recycle_ext.arguments import shown
 from recycle_ext.checkpoint import gguf, hub, huggingface
 from recycle_ext.checkpoint.architectures import BY_NAME
 from recycle_ext.checkpoint.config import ModelConfig
@@ -85,11 +87,11 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
     if model is None:
         path, name = default_model_path(), None
     else:
-        path, name = local_path(str(model))
+        path, name = local_path(arguments.path("model", model))
     if path.is_dir():
         check_directory(path)
         config = huggingface.read_config(path / "config.json", name or path.resolve().name)
-        tensors = huggingface.read_tensors(path, config)
+        config, tensors = huggingface.resolve_tied_head(config, huggingface.read_tensors(path, config))
     else:
         header = GgufHeader(path)
         config = gguf.read_config(header)
@@ -106,8 +108,11 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
 def local_path(model: str) -> tuple[Path, str | None]:
     """The model's path on this machine, and its hub id if it came from the hub."""
     path = Path(model)
-    if path.exists():
-        return path, None
+    try:
+        if path.exists():
+            return path, None
+    except OSError as error:
+        raise RecycleError(f"{shown(model)}: cannot be read: {error.strerror}") from None
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) and path.suffix.lower() not in (".gguf", ".safetensors"):
         return hub.download(model), model
     raise RecycleError(

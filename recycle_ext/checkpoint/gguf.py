@@ -11,6 +11,7 @@ from recycle_ext.checkpoint.config import ModelConfig
 from recycle_ext.checkpoint.gguf_header import GgufHeader, StoredTensor
 from recycle_ext.checkpoint.tensor_source import BLOCKS, FLOAT_DTYPES, TensorSource
 from recycle_ext.errors import RecycleError
+from recycle_ext.text.end_tokens import end_tokens
 
 # Types that keep their format; all others are dequantized on reading.
 _KEPT_TYPES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 8: "q8_0", 30: "bf16"}
@@ -33,8 +34,8 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Tokens that end a turn of chat; many files do not name theirs.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+# Tokens that end a text, by their names in metadata; "fim" tokens end a completion of code.
+_END_NAMES = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 
 def read_config(header: GgufHeader) -> ModelConfig:
@@ -164,11 +165,10 @@ def _linear_rope_factor(header: GgufHeader, arch: str) -> float:
 
 
 def _eos_token_ids(header: GgufHeader) -> tuple[int, ...]:
-    ids = [header.token_id("eos"), header.token_id("eot")]
     key = "tokenizer.ggml.tokens"
     tokens = header.strings(key) if key in header.metadata else []
-    ids += [tokens.index(text) for text in _TURN_ENDS if text in tokens]
-    return tuple(dict.fromkeys(i for i in ids if i is not None))
+    ids = {text: index for index, text in enumerate(tokens)}
+    return end_tokens(map(header.token_id, _END_NAMES), ids.get, len(tokens))
 
 
 def _tensor(

@@ -16,7 +16,9 @@ from tokenizers import Tokenizer as Backend
 
 from recycle_ext.errors import RecycleError
 from recycle_ext.text import chat_template as chat
+from recycle_ext.text import special_tokens
 from recycle_ext.text.byte_tokens import ByteTokens
+from recycle_ext.text.end_tokens import end_tokens
 from recycle_ext.text.stream import TextStream
 
 
@@ -90,6 +92,7 @@ class Tokenizer:
 def from_json(
     file: Path,
     config: dict[str, Any],
+    special_tokens_map: dict[str, Any],
     chat_template: str | None,
     vocab_size: int,
     eos_token_ids: tuple[int, ...],
@@ -97,8 +100,9 @@ def from_json(
 ) -> Tokenizer:
     """From the tokenizer.json of a Hugging Face model and the model's other files.
 
-    config: the parsed tokenizer_config.json. chat_template: the text of chat_template.jinja; None: ``config`` may
-    have one. The others: the model's. Raises RecycleError for a missing or damaged tokenizer.json.
+    config, special_tokens_map: the parsed tokenizer_config.json and special_tokens_map.json. chat_template: the text
+    of chat_template.jinja; None: ``config`` may have one. eos_token_ids: the ends that the model's config names. The
+    others: the model's. Raises RecycleError for a missing or damaged tokenizer.json.
     """
     if not file.is_file():
         raise RecycleError(f"{file}: missing; the tokenizer is read from this file only")
@@ -108,22 +112,23 @@ def from_json(
         raise RecycleError(f"{file}: not a tokenizer: {error}") from None
     backend.no_truncation()
     backend.no_padding()
-    special_tokens = {
-        key: value["content"] if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key.endswith("_token") and isinstance(value, (str, dict)) and value
-    }
-    if "bos_token" in special_tokens:
-        bos_token_id = backend.token_to_id(special_tokens["bos_token"])
+    settings = special_tokens.merged(config, special_tokens_map)
+    special_tokens.add_to(backend, settings)
+    named = special_tokens.named(settings)
+    if "bos_token" in named:
+        bos_token_id = backend.token_to_id(named["bos_token"])
+    named_ends = [*special_tokens.ends(config), *special_tokens.ends(special_tokens_map)]
     adds_bos = config.get("add_bos_token")
     if adds_bos is None:
         adds_bos = bos_token_id in backend.encode("").ids
     return Tokenizer(
         backend=backend,
         vocab_size=vocab_size,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=end_tokens(
+            [*eos_token_ids, *map(backend.token_to_id, named_ends)], backend.token_to_id, vocab_size
+        ),
         bos_token_id=bos_token_id,
         adds_bos=adds_bos,
         chat_template=chat.template_in(config) if chat_template is None else chat_template,
-        special_tokens=special_tokens,
+        special_tokens=named,
     )
