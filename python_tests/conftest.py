@@ -44,14 +44,14 @@ def isa(request) -> Iterator[str]:
     _C.force_isa(None)
 
 
-THREADS, TORCH_THREADS = _C.n_threads(), torch.get_num_threads()
+TORCH_THREADS = torch.get_num_threads()
 
 
 @pytest.fixture(autouse=True)
 def _same_settings_for_every_test() -> Iterator[None]:
     yield
-    # The numbers at the start of the session: a fixture of a whole file may have changed those before this test.
-    _C.set_n_threads(THREADS)
+    # The number at the start of the session: a fixture of a whole file may have changed the one before this test.
+    _C.set_n_threads(None)
     torch.set_num_threads(TORCH_THREADS)
 
 

@@ -18,19 +18,23 @@ PACKAGE = "recycle_ext"
 # file of a folder.
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "errors": set(),
+    "arguments": {"errors"},
     "_C": set(),
     "files": {"errors"},
     "former_names": set(),
     "modules": set(),
-    "command_line": {"errors"},
+    "command_line": {"errors", "arguments"},
     "text": {"errors"},
-    "checkpoint": {"errors", "files", "text"},
-    "weights": {"errors", "checkpoint", "_C"},
+    "checkpoint": {"errors", "arguments", "files", "text"},
+    "weights": {"errors", "arguments", "checkpoint", "_C"},
     "ops": {"errors", "weights", "_C"},
-    "decoding": {"errors", "checkpoint.config", "weights", "_C"},
+    "decoding": {"errors", "arguments", "checkpoint.config", "weights", "_C"},
     "reference": {"checkpoint.config", "ops.functional"},
     "measuring": {"errors", "files", "_C"},
-    "generate": {*("errors", "command_line", "checkpoint", "text", "weights", "ops", "decoding"), *("measuring", "_C")},
+    "generate": {
+        *("errors", "arguments", "command_line", "checkpoint", "text", "weights", "ops", "decoding"),
+        *("measuring", "_C"),
+    },
     "info": {
         *("errors", "command_line", "checkpoint", "text", "weights", "ops", "decoding"),
         *("generate", "measuring", "_C"),

@@ -38,12 +38,31 @@ def test_info_json_equals_the_report(capsys):
 
 
 def test_threads_have_a_reason():
-    cores = len(os.sched_getaffinity(0))
+    cores, threads = len(os.sched_getaffinity(0)), _C.n_threads()
     lines = info.processor_lines()
-    assert lines["threads"].startswith(f"{cores}: one per core that this process may run on")
-    assert lines["cores"] == f"{cores} of {os.cpu_count()}, by the affinity of this process"
-    _C.set_n_threads(cores + 1)
-    assert info.processor_lines()["threads"].startswith(f"{cores + 1}: set by a call")
+    assert lines["cores"].startswith(f"{cores} of {os.cpu_count()}, by the affinity of this process")
+    assert lines["threads"].startswith(f"{threads}: ")
+    assert "set by a call" not in lines["threads"]
+    _C.set_n_threads(threads + 1)
+    assert info.processor_lines()["threads"].startswith(f"{threads + 1}: set by a call")
+
+
+def test_threads_that_torch_limits_are_said_to_be(monkeypatch):
+    monkeypatch.setattr(_C, "physical_cores", lambda: 8)
+    monkeypatch.setattr(_C, "cpu_quota", lambda: 3.5)
+    monkeypatch.setattr(_C, "n_threads", lambda: 1)
+    torch.set_num_threads(1)
+    assert info.processor_lines()["threads"].startswith("1: torch's number (OMP_NUM_THREADS, torch.set_num_threads)")
+
+
+def test_threads_that_a_quota_limits_are_said_to_be(monkeypatch):
+    monkeypatch.setattr(_C, "physical_cores", lambda: 8)
+    monkeypatch.setattr(_C, "cpu_quota", lambda: 3.5)
+    monkeypatch.setattr(_C, "n_threads", lambda: 3)
+    torch.set_num_threads(8)
+    lines = info.processor_lines()
+    assert lines["threads"].startswith("3: the CPU time limit, rounded down")
+    assert lines["CPU time limit"] == "3.5 cores (container)"
 
 
 def test_instruction_set_in_use_is_named(isa):

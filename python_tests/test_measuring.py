@@ -93,14 +93,6 @@ def test_cache_sizes_are_read_from_sysfs(tmp_path, monkeypatch):
     assert machine.cache_bytes() == {}
 
 
-@pytest.mark.parametrize(("text", "quota"), [("150000 100000\n", 1.5), ("max 100000\n", None), ("", None)])
-def test_cpu_quota_of_a_container_is_in_cores(tmp_path, monkeypatch, text, quota):
-    monkeypatch.setattr(machine, "_CPU_QUOTA", tmp_path / "cpu.max")
-    assert machine.cpu_quota() is None
-    (tmp_path / "cpu.max").write_text(text)
-    assert machine.cpu_quota() == quota
-
-
 def test_table_aligns_words_left_and_figures_right():
     table = markdown_table(["name", "x"], [["a", "1"], ["bb", "22.0"], ["", ""]], left=1)
     lines = table.splitlines()

@@ -74,13 +74,15 @@ def test_decode_step_with_good_arguments_is_accepted(step):
         ("pending", lambda t: t.repeat(1, 2), r"pending has shape \[2, 6\]"),
         ("pending", lambda t: t + 100, r"pending\[0\]\[\d\] is \d+; token ids are 0 to 100"),
         ("lengths", lambda t: t[0], r"lengths has shape \[2\]; it must be \[2, 2\]"),
-        ("lengths", lambda t: t + 28, r"lengths\[0\]\[0\] is 31 and a step needs 4 more positions"),
-        ("lengths", lambda t: t - 5, r"lengths\[0\]\[0\] is -2"),
+        ("lengths", lambda t: t - 5, r"lengths\[0\]\[0\] is -2; it must be 0 or more"),
         ("lengths", lambda t: t + torch.tensor([[0], [1]]), r"lengths\[1\]\[0\] is 4; .* 0 to 3"),
         ("lengths", lambda t: t * torch.tensor([[1], [-1]]), r"lengths\[1\]\[0\] is -3; .* 0 to 3"),
-        ("scratch", lambda t: t[:100], "scratch has 100 bytes; it needs"),
-        ("scratch", lambda t: t[64:], r"scratch has \d+ bytes; it needs \d+"),
-        ("scratch", misaligned, f"scratch {ADDRESS}"),
+        ("scratch", lambda t: t.flatten(), r"scratch has shape \[\d+\]; it must be \[threads, bytes\]"),
+        ("scratch", lambda t: t[:0], r"scratch has shape \[0, \d+\]; it must be .* with 1 to 256 threads"),
+        ("scratch", lambda t: t.flatten()[:257].view(257, 1), "it must be .* with 1 to 256 threads"),
+        ("scratch", lambda t: t[:1, :100], r"scratch has shape \[1, 100\], 100 bytes; 1 threads need \d+"),
+        ("scratch", lambda t: t[:, 64:].contiguous(), r"threads need \d+"),
+        ("scratch", lambda t: misaligned(t.flatten())[: t.numel()].view(t.shape), f"scratch {ADDRESS}"),
         ("decode_mode", lambda _: 3, "decode_mode is 3; it must be 0 .* 1 .* or 2"),
         ("decode_mode", lambda _: 0, "without drafts in standard mode"),
         ("temperature", lambda _: -1.0, "temperature is -1"),
@@ -215,7 +217,7 @@ def test_recycle_head_with_a_wrong_argument_names_it(change, message):
         ({"drafts": 5}, "drafts is 5; it must be 1 to 4, or auto"),
         ({"drafts": "many"}, "drafts is 'many'; it must be 1 to 4, or auto"),
         ({"drafts": "auto", "mode": "alternate"}, "'auto', which mode 'alternate' can't have: there every"),
-        ({"capacity": 10**6}, "capacity is 1000000; this model's context has 1 to 512"),
+        ({"capacity": 10**6}, "capacity is 1000000; it must be in this model's context, 1 to 512"),
         ({"mode": "standard", "batch": 2, "seeds": [1]}, "batch is 2 and there are 1 seeds"),
     ],
 )
@@ -225,7 +227,7 @@ def test_decoder_with_a_wrong_argument_names_it(packed, arguments, message):
 
 
 def test_set_num_draft_tokens_out_of_range_is_refused(packed):
-    with pytest.raises(RecycleError, match="drafts is 3; it must be 0 to 2"):
+    with pytest.raises(RecycleError, match="count is 3; it must be 0 to 2"):
         Decoder(packed, "verify", 2).set_num_draft_tokens(3)
     with pytest.raises(RecycleError, match="mode is 'alternate'; drafts can be changed in verify"):
         Decoder(packed, "alternate", 2).set_num_draft_tokens(1)

@@ -81,7 +81,7 @@ def assert_accepted_by_cpp(packed: PackedModel) -> None:
     """The C++ reader accepts the plan, and a step with as many draft tokens as the model has a module for."""
     drafts = 0 if packed.module_config is None else _C.MAX_DRAFTS
     plan, weights = packed.plan.numpy(), packed.weights.numpy()
-    assert _C.scratch_bytes(plan, weights, 2, drafts, True) > 0
+    assert _C.scratch_bytes(plan, weights, 2, drafts, True, 1) > 0
 
 
 @pytest.mark.parametrize("kind", MODULES)
@@ -182,7 +182,7 @@ def test_damaged_plan_is_refused_by_cpp(tmp_path, damage, message):
     packed = pack_model(base, module, "f32")
     plan = damage(packed.plan).numpy()
     with pytest.raises(ValueError, match=message):
-        _C.scratch_bytes(plan, packed.weights.numpy(), 1, 1, True)
+        _C.scratch_bytes(plan, packed.weights.numpy(), 1, 1, True, 1)
 
 
 def test_matrix_with_rows_of_no_whole_block_is_packed_in_bfloat16(tmp_path):

@@ -119,6 +119,34 @@ def test_sampled_token_equals_reference(isa, temperature, top_k, top_p):
         assert torch.equal(tokens, call(hidden, norm, packed, "f32", n_vocab)[0])
 
 
+TEMPERATURES_NEAR_0 = [1e-6, 1e-12, 1e-30, 3e-38, 2e-39, 1e-40, 1e-46, 5e-324]
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES_NEAR_0)
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.9)])
+def test_temperature_near_0_gives_the_argmax(isa, temperature, top_k, top_p):
+    hidden, norm, packed, matrix = case(6, 32, 50, "f32")
+    greedy, _ = call(hidden, norm, packed, "f32", 50)
+    tokens, log_probs = call(hidden, norm, packed, "f32", 50, temperature, top_k, top_p)
+    assert torch.equal(tokens, greedy)
+    assert torch.isfinite(log_probs).all()
+    for dtype in (torch.float32, torch.float64):
+        logits = reference_ops.rms_norm(hidden.to(dtype), norm.to(dtype), EPS) @ matrix.to(dtype).T
+        probs = reference_ops.distribution(logits[0], temperature, top_k, top_p)
+        assert probs.argmax() == greedy[0]
+        assert probs.max() == 1
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e308])
+def test_temperature_of_any_size_keeps_the_cuts(isa, temperature):
+    hidden, norm, packed, _ = case(64, 32, 50, "f32")
+    greedy, _ = call(hidden, norm, packed, "f32", 50)
+    tokens, _ = call(hidden, norm, packed, "f32", 50, temperature, top_k=1)
+    assert torch.equal(tokens, greedy)
+    tokens, _ = call(hidden, norm, packed, "f32", 50, temperature)
+    assert len(set(tokens.tolist())) > 20
+
+
 def test_philox_of_the_reference_gives_the_published_numbers():
     """The known answers are those of Random123, the implementation of Salmon et al. (SC 2011)."""
     ones = 0xFFFFFFFF

@@ -21,7 +21,9 @@ inline Sampling check_sampling(const Checker& checker, double temperature, int64
     checker.fail("temperature is ", temperature, "; it must be 0 (greedy) or a positive number");
   if (top_k < 0) checker.fail("top_k is ", top_k, "; it must be 0 (all tokens) or positive");
   if (!(top_p > 0 && top_p <= 1)) checker.fail("top_p is ", top_p, "; it must be in (0, 1]");
-  return {static_cast<float>(temperature), top_k, static_cast<float>(top_p),
+  // As near 0 as a temperature can come, a sampler is greedy, and 1 / temperature must not be infinite before.
+  const double in_range = temperature == 0 ? 0 : std::clamp(temperature, 0x1p-126, 0x1p126);
+  return {static_cast<float>(in_range), top_k, static_cast<float>(top_p),
           checker.input<int64_t>("seeds", seeds, {n_seeds})};
 }
 
@@ -124,9 +126,8 @@ struct StepArguments {
   const Tensor& seeds;
 };
 
-// Checks all of them and reads *model from the plan. scratch_bytes(state): what `scratch` must have.
-template <class ScratchBytes>
-DecodeState check_state(const Checker& checker, const StepArguments& given, Model* model, ScratchBytes scratch_bytes) {
+// Checks all of them but scratch, which differs between CPU and GPU, and reads *model from the plan.
+inline DecodeState check_state(const Checker& checker, const StepArguments& given, Model* model) {
   check_plan(checker, given.plan, checker.bytes("weights", given.weights, 0), given.weights.numel(), checker.gpu < 0,
              model);
   DecodeState state;
@@ -153,8 +154,6 @@ DecodeState check_state(const Checker& checker, const StepArguments& given, Mode
   if (state.mode == Mode::verify && !state.sampling.greedy())
     state.draft_probs = checker.output<float>("draft_probs", given.draft_probs,
                                               {state.batch, state.num_draft_tokens, model->module.head.n});
-  checker.bytes("scratch", given.scratch, scratch_bytes(state));
-  state.scratch = data<std::byte>(given.scratch);
   return state;
 }
 

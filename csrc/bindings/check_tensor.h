@@ -100,6 +100,10 @@ struct Checker {
   const std::byte* bytes(const char* name, const Tensor& tensor, int64_t min_bytes) const {
     const auto* data = input<std::byte>(name, tensor, {kAny});
     if (tensor.numel() < min_bytes) fail(name, " has ", tensor.numel(), " bytes; it needs ", min_bytes);
+    return aligned(name, data);
+  }
+  template <class T>
+  T* aligned(const char* name, T* data) const {
     if (reinterpret_cast<uintptr_t>(data) % 64 != 0)
       fail(name, " must begin at an address that is a multiple of 64 (fresh torch tensors do)");
     return data;

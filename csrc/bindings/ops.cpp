@@ -11,12 +11,14 @@
 #include <tuple>
 
 #include "check_arguments.h"
+#include "interrupt.h"
 #include "recycle/attention.h"
 #include "recycle/decode_step.h"
 #include "recycle/format.h"
 #include "recycle/head.h"
 #include "recycle/model.h"
 #include "recycle/parallel.h"
+#include "threads.h"
 
 namespace recycle::bindings {
 
@@ -45,8 +47,9 @@ Tensor attention_decode(const Tensor& q, const Tensor& k, const Tensor& v, const
   }
   Tensor out = torch::stable::empty_like(q);
   params.out = data<float>(out);
+  params.n_threads = n_threads();
   const int64_t bytes = attention_scratch_bytes(params.batch, params.n_rows, params.n_heads, params.n_kv_heads,
-                                                params.head_dim, n_threads());
+                                                params.head_dim, params.n_threads);
   const Tensor scratch = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
   params.scratch = data<std::byte>(scratch);
   attention_decode(params);
@@ -65,8 +68,9 @@ std::tuple<Tensor, Tensor> recycle_head(const Tensor& hidden, const std::optiona
   Tensor log_probs = torch::stable::new_empty(hidden, {params.n_rows});
   params.tokens = data<int64_t>(tokens);
   params.log_probs = data<float>(log_probs);
+  params.n_threads = n_threads();
   const int64_t bytes =
-      head_scratch_bytes(params.n_rows, params.hidden, n_vocab, params.sampling.greedy(), n_threads());
+      head_scratch_bytes(params.n_rows, params.hidden, n_vocab, params.sampling.greedy(), params.n_threads);
   const Tensor scratch = torch::stable::new_empty(hidden, {bytes}, ScalarType::Byte);
   params.scratch = data<std::byte>(scratch);
   check_status(checker.op, recycle_head(params), "row");
@@ -75,8 +79,21 @@ std::tuple<Tensor, Tensor> recycle_head(const Tensor& hidden, const std::optiona
 
 // ---- decode_step and prefill -------------------------------------------------------------------------
 
-int64_t scratch_bytes(const DecodeState& state) {
-  return decode_scratch_bytes(*state.model, state.batch, state.num_draft_tokens, state.sampling.greedy(), n_threads());
+// scratch [threads, bytes]: a step runs on as many threads as its scratch has rows, so whoever owns the scratch has
+// chosen their number.
+void check_scratch(const Checker& checker, const Tensor& scratch, DecodeState* state) {
+  const int64_t threads = scratch.dim() == 2 ? scratch.size(0) : 0;
+  if (threads < 1 || threads > kMaxThreads)
+    checker.fail("scratch has shape ", shape_text(scratch.sizes()), "; it must be [threads, bytes] with 1 to ",
+                 kMaxThreads, " threads");
+  checker.check("scratch", scratch, ScalarType::Byte, {threads, kAny});
+  state->n_threads = static_cast<int>(threads);
+  const int64_t needed = decode_scratch_bytes(*state->model, state->batch, state->num_draft_tokens,
+                                              state->sampling.greedy(), state->n_threads);
+  if (scratch.numel() < needed)
+    checker.fail("scratch has shape ", shape_text(scratch.sizes()), ", ", scratch.numel(), " bytes; ", threads,
+                 " threads need ", needed);
+  state->scratch = checker.aligned("scratch", data<std::byte>(scratch));
 }
 
 std::tuple<Tensor, Tensor> decode_step(const Tensor& weights, const Tensor& plan, const Tensor& base_cache,
@@ -85,12 +102,12 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& weights, const Tensor& plan
                                        double temperature, int64_t top_k, double top_p, const Tensor& seeds) {
   const Checker checker{"decode_step"};
   Model model;
-  const DecodeState state = check_state(checker,
-                                        {weights, plan, base_cache, module_cache, pending, lengths, draft_probs,
-                                         scratch, mode, temperature, top_k, top_p, seeds},
-                                        &model, scratch_bytes);
+  DecodeState state = check_state(checker,
+                                  {weights, plan, base_cache, module_cache, pending, lengths, draft_probs, scratch,
+                                   mode, temperature, top_k, top_p, seeds},
+                                  &model);
+  check_scratch(checker, scratch, &state);
   const int64_t vocab = model.base.head.n;
-  const int64_t room = positions_needed(state.num_draft_tokens);
   for (int64_t b = 0; b < state.batch; ++b) {
     const int64_t* tokens = state.pending + b * state.rows_per_sequence();
     if (tokens[0] < 0) continue;
@@ -98,9 +115,7 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& weights, const Tensor& plan
       if (tokens[j] < 0 || tokens[j] >= vocab)
         checker.fail("pending[", b, "][", j, "] is ", tokens[j], "; token ids are 0 to ", vocab - 1);
     const int64_t length = state.lengths[b];
-    if (length < 0 || length > capacity_of(state) - room)
-      checker.fail("lengths[0][", b, "] is ", length, " and a step needs ", room,
-                   " more positions, but the caches have room for ", capacity_of(state));
+    if (length < 0) checker.fail("lengths[0][", b, "] is ", length, "; it must be 0 or more");
     const int64_t read = state.module_lengths()[b];
     if (state.num_draft_tokens > 0 && (read < 0 || read > length))
       checker.fail("lengths[1][", b, "] is ", read, "; the module may have read 0 to ", length,
@@ -108,7 +123,7 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& weights, const Tensor& plan
   }
   Tensor tokens = torch::stable::empty_like(pending);
   Tensor counts = torch::stable::new_empty(lengths, {state.batch});
-  check_status(checker.op, decode_step(state, data<int64_t>(tokens), data<int64_t>(counts)), "sequence");
+  decode_step(state, data<int64_t>(tokens), data<int64_t>(counts));
   return {tokens, counts};
 }
 
@@ -118,10 +133,11 @@ void prefill(const Tensor& weights, const Tensor& plan, const Tensor& base_cache
              const Tensor& prompt) {
   const Checker checker{"prefill"};
   Model model;
-  const DecodeState state = check_state(checker,
-                                        {weights, plan, base_cache, module_cache, pending, lengths, draft_probs,
-                                         scratch, mode, temperature, top_k, top_p, seeds},
-                                        &model, scratch_bytes);
+  DecodeState state = check_state(checker,
+                                  {weights, plan, base_cache, module_cache, pending, lengths, draft_probs, scratch,
+                                   mode, temperature, top_k, top_p, seeds},
+                                  &model);
+  check_scratch(checker, scratch, &state);
   if (sequence < 0 || sequence >= state.batch)
     checker.fail("sequence is ", sequence, "; it must be 0 to ", state.batch - 1);
   const auto* ids = checker.input<int64_t>("prompt", prompt, {kAny});
@@ -134,7 +150,9 @@ void prefill(const Tensor& weights, const Tensor& plan, const Tensor& base_cache
   const int64_t room = n_prompt + std::max<int64_t>(state.num_draft_tokens - 1, 0);
   if (room > capacity_of(state))
     checker.fail("prompt has ", n_prompt, " tokens, but the caches have room for ", capacity_of(state), " positions");
-  check_status(checker.op, prefill(state, sequence, ids, n_prompt), "sequence");
+  const Status status = prefill(state, sequence, ids, n_prompt, interrupted);
+  if (status.code == StatusCode::interrupted) throw_interrupt();
+  check_status(checker.op, status, "sequence");
 }
 
 }  // namespace
@@ -157,7 +175,13 @@ STABLE_TORCH_LIBRARY(recycle, m) {
       "Tensor positions, float temperature, int top_k, float top_p, Tensor seeds) "
       "-> (Tensor tokens, Tensor log_probs)");
   // One decode step: the base model over the pending tokens [B, k + 1] of each sequence, which draft tokens are
-  // accepted, the module's new draft tokens. tokens [B, k + 1]: what each sequence grew by, then -1; counts [B]: by how much.
+  // accepted, the module's new draft tokens. tokens [B, k + 1]: what each sequence grew by, then -1; counts [B]: by how
+  // much; 0 for an idle sequence, pending[b][0] < 0. A sequence that failed is unchanged, its tokens are all -1, and its
+  // count says why: -1 a logit is not finite, -2 its caches have no room for another step, -3 (on a GPU) a pending token
+  // is outside of the vocabulary. The other sequences of the batch go on.
+  // Draft tokens may come from anywhere. Sampled verify mode takes their probabilities from draft_probs [B, k, draft
+  // vocabulary]; outside of the draft vocabulary they are 0.
+  // scratch: uint8 [threads, bytes]; the step runs on that many threads (_C.scratch_bytes()). On a GPU: [bytes].
   // lengths [2, B]: positions in the base model's cache, and in the module's. Standard steps leave the module out,
   // and k may change from step to step: the module continues as if the tokens in between were absent.
   m.def(
@@ -165,7 +189,8 @@ STABLE_TORCH_LIBRARY(recycle, m) {
       "Tensor(c!) pending, Tensor(d!) lengths, Tensor(e!) draft_probs, Tensor(f!) scratch, "
       "int decode_mode, float temperature, int top_k, float top_p, Tensor seeds) "
       "-> (Tensor tokens, Tensor counts)");
-  // Fills the caches of one sequence with a prompt, and sets its pending tokens for decode_step.
+  // Fills the caches of one sequence with a prompt, and sets its pending tokens for decode_step. Raises a RuntimeError for
+  // a logit that is not finite, and what a signal's handler raises (KeyboardInterrupt); the sequence is then idle.
   m.def(
       "prefill(Tensor weights, Tensor plan, Tensor(a!) base_cache, Tensor(b!) module_cache, "
       "Tensor(c!) pending, Tensor(d!) lengths, Tensor(e!) draft_probs, Tensor(f!) scratch, "

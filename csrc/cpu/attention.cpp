@@ -239,9 +239,9 @@ void attention_decode(const AttentionParams& params) {
   const AttentionShape shape = {params.n_heads, params.n_kv_heads, params.head_dim};
   DecodeAttentionWork work;
   Arena arena(params.scratch);
-  work.take(arena, params.batch, params.n_rows, shape, n_threads());
+  work.take(arena, params.batch, params.n_rows, shape, params.n_threads);
   for (int64_t b = 0; b < params.batch; ++b) work.rows.add(b, params.lengths[b], params.n_rows);
-  parallel([&](const Team& team) { run(team, params, shape, work); });
+  parallel(params.n_threads, [&](const Team& team) { run(team, params, shape, work); });
 }
 
 }  // namespace recycle

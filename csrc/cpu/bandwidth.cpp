@@ -17,7 +17,7 @@
 
 namespace recycle {
 
-double read_bandwidth(int64_t bytes, int repeats) {
+double read_bandwidth(int64_t bytes, int repeats, int n_threads) {
   std::vector<float> buffer;
   buffer.reserve(bytes / sizeof(float));
   use_huge_pages(buffer.data(), bytes);
@@ -26,7 +26,7 @@ double read_bandwidth(int64_t bytes, int repeats) {
   std::vector<double> rates;
   for (int i = 0; i <= std::max(repeats, 1); ++i) {  // pass 0 only warms up
     const auto start = std::chrono::steady_clock::now();
-    parallel([&](const Team& team) {
+    parallel(n_threads, [&](const Team& team) {
       const Range share = team.share(static_cast<int64_t>(buffer.size()) / 64);
       sum = kernels().read_stream(buffer.data() + share.begin * 64, (share.end - share.begin) * 64);
     });

@@ -5,7 +5,7 @@
 
 namespace recycle {
 
-// Bytes a second, all threads together, over a buffer of `bytes`: the median of `repeats` passes.
-double read_bandwidth(int64_t bytes, int repeats);
+// Bytes a second, `n_threads` threads together, over a buffer of `bytes`: the median of `repeats` passes.
+double read_bandwidth(int64_t bytes, int repeats, int n_threads);
 
 }  // namespace recycle

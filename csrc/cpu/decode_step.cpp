@@ -9,8 +9,8 @@
 //      the last row gives the new t_1
 //   4  the module runs its own output in place of h for t_2 .. t_k
 //
-// Bounded by one pass over the base model's weights and k passes over the module's. The step is one parallel region:
-// between barriers rank 0 decides (select.h), and the other threads read its decisions. Nothing is allocated.
+// Bounded by one pass over the base model's weights and k passes over the module's. A step is one parallel region, a
+// prefill one for each pass over the weights: between barriers rank 0 decides (select.h), and the other threads read its decisions. Nothing is allocated.
 #include "recycle/decode_step.h"
 
 #include <algorithm>
@@ -37,45 +37,42 @@ class Step {
         scratch_(work.forward.threads[team.thread]) {}
 
   void decode(int64_t* tokens, int64_t* counts) {
-    decide([&] { selector_.begin_step(tokens, counts); });
+    decide([&] { selector_.begin_step(); });
     run_base();
     decide([&] { selector_.select_head_rows(); });
     run_base_head(selector_.n_head_rows(), drafts() ? first_of_module() : first_of_base());
-    decide([&] { selector_.choose(tokens, counts); });
-    if (selector_.failed()) return;
+    decide([&] { selector_.choose(); });
     if (drafts() && work_.rows.n > 0) {
       run_module(work_.hidden);
       run_drafts();
     }
-    commit();
+    if (team_.is_leader()) selector_.commit(tokens, counts);
   }
 
-  void prefill(int64_t sequence, const int64_t* prompt, int64_t n_prompt) {
-    for (int64_t first = 0; first < n_prompt; first += kPrefillRows) {
-      const int64_t count = std::min(kPrefillRows, n_prompt - first);
-      const bool is_last = first + count == n_prompt;
-      decide([&] {
-        work_.rows.clear();
-        work_.rows.add(sequence, first, count);
-        std::copy_n(prompt + first, count, work_.tokens);
-        work_.source[0] = count - 1;
-      });
-      run_base();
-      if (is_last) {
-        run_base_head(1, first_of_base());
-        decide([&] { selector_.choose_first(sequence, n_prompt); });
-        if (selector_.failed()) return;
-      }
-      if (!drafts()) continue;
+  // Rows [first, first + count) of a prompt.
+  void prefill(int64_t sequence, const int64_t* prompt, int64_t n_prompt, int64_t first, int64_t count) {
+    const bool is_last = first + count == n_prompt;
+    decide([&] {
+      work_.rows.clear();
+      work_.rows.add(sequence, first, count);
+      std::copy_n(prompt + first, count, work_.tokens);
+      work_.source[0] = count - 1;
+    });
+    run_base();
+    if (is_last) {
+      run_base_head(1, first_of_base());
+      decide([&] { selector_.choose_first(sequence, n_prompt); });
+    }
+    if (drafts() && work_.rows.n > 0) {
       decide([&] {
         std::copy_n(prompt + first + 1, is_last ? count - 1 : count, work_.tokens);
         if (is_last) work_.tokens[count - 1] = work_.pending[sequence * state_.rows_per_sequence()];
         for (int64_t row = 0; row < count; ++row) work_.source[row] = row;
       });
       run_module(work_.hidden);
+      if (is_last) run_drafts();
     }
-    if (drafts()) run_drafts();
-    commit();
+    if (is_last && team_.is_leader()) selector_.commit(nullptr, nullptr);
   }
 
  private:
@@ -86,10 +83,6 @@ class Step {
   void decide(Decision decision) {
     if (team_.is_leader()) decision();
     team_.barrier(Phase::leader);
-  }
-
-  void commit() {
-    if (team_.is_leader() && !selector_.failed()) selector_.commit();
   }
 
   // work.rows and work.tokens -> the base model's cache, work.hidden
@@ -170,7 +163,7 @@ class Step {
       team_.barrier(Phase::select);
       team_.in_module = false;
       decide([&] { selector_.take_draft(draft); });
-      if (selector_.failed()) return;
+      if (work_.rows.n == 0) return;  // every sequence has failed
     }
   }
 
@@ -182,14 +175,11 @@ class Step {
   const ThreadScratch& scratch_;
 };
 
-// body(step) on all threads.
-template <class Body>
-Status run_step(const DecodeState& state, const Body& body) {
+DecodeWork take_work(const DecodeState& state) {
   DecodeWork work;
   Arena arena(state.scratch);
-  work.take(arena, *state.model, state.batch, state.num_draft_tokens, state.sampling.greedy(), n_threads());
-  parallel([&](const Team& team) { body(Step(team, state, work)); });
-  return work.status;
+  work.take(arena, *state.model, state.batch, state.num_draft_tokens, state.sampling.greedy(), state.n_threads);
+  return work;
 }
 
 }  // namespace
@@ -201,12 +191,26 @@ int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t num_draf
   return arena.used();
 }
 
-Status decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts) {
-  return run_step(state, [&](Step step) { step.decode(tokens, counts); });
+void decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts) {
+  DecodeWork work = take_work(state);
+  parallel(state.n_threads, [&](const Team& team) { Step(team, state, work).decode(tokens, counts); });
 }
 
-Status prefill(const DecodeState& state, int64_t sequence, const int64_t* prompt, int64_t n_prompt) {
-  return run_step(state, [&](Step step) { step.prefill(sequence, prompt, n_prompt); });
+Status prefill(const DecodeState& state, int64_t sequence, const int64_t* prompt, int64_t n_prompt,
+               bool (*interrupted)()) {
+  DecodeWork work = take_work(state);
+  // Idle until the end: the sequence's former text is gone once the first rows are in the caches.
+  std::fill_n(state.pending + sequence * state.rows_per_sequence(), state.rows_per_sequence(), int64_t{-1});
+  state.lengths[sequence] = state.module_lengths()[sequence] = 0;
+  // One parallel region for each pass, and not one for all, so that other threads' steps run in between.
+  for (int64_t first = 0; first < n_prompt; first += kPrefillRows) {
+    const int64_t count = std::min(kPrefillRows, n_prompt - first);
+    if (first > 0 && interrupted != nullptr && interrupted()) return {StatusCode::interrupted, sequence, first};
+    parallel(state.n_threads,
+             [&](const Team& team) { Step(team, state, work).prefill(sequence, prompt, n_prompt, first, count); });
+  }
+  if (work.grown[sequence] < 0) return {StatusCode::nonfinite, sequence, n_prompt - 1};
+  return {};
 }
 
 }  // namespace recycle

@@ -21,9 +21,8 @@ struct DecodeWork {
   int64_t* tokens;   // [rows] embedded tokens: a base row's own, or the one after a module row
   int64_t* source;   // [rows] row of the hidden state that a module row or a head row takes
   int64_t* pending;  // [batch, k + 1] the next ones, until the step has succeeded
-  int64_t* grown;    // [batch] by how many tokens a sequence grows
+  int64_t* grown;    // [batch] by how many tokens a sequence grows; below 0: why it failed (kNotFinite, ...)
   int64_t* skipped;  // [batch] positions that only the base model has, after this step
-  Status status;
 
   void take(Arena& arena, const Model& model, int64_t batch, int64_t num_draft_tokens, bool greedy, int n_threads) {
     const Stack& base = model.base.stack;

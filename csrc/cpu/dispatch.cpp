@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstring>
 
+#include "recycle/parallel.h"
+
 namespace recycle {
 
 // Defined by kernels/table.h; those that this build lacks are not used below.
@@ -35,23 +37,30 @@ int runnable(const Kernels* tables[3]) {
   return count;
 }
 
-std::atomic<const Kernels*> chosen{nullptr};
+const Kernels* best() {
+  const Kernels* tables[3];
+  return tables[runnable(tables) - 1];
+}
+
+std::atomic<const Kernels*> chosen{nullptr};  // null: the best
 
 }  // namespace
 
 const Kernels& kernels() {
+  static const Kernels* const fallback = best();
   const Kernels* table = chosen.load(std::memory_order_relaxed);
-  if (table == nullptr) {
-    force_isa(nullptr);
-    table = chosen.load(std::memory_order_relaxed);
-  }
-  return *table;
+  return table != nullptr ? *table : *fallback;
 }
 
 bool force_isa(const char* name) {
+  // The kernels of one call belong together: each set has its own layout of quantized activations.
+  const ParallelPause pause;
+  if (name == nullptr) {
+    chosen.store(nullptr, std::memory_order_relaxed);
+    return true;
+  }
   const Kernels* tables[3];
   const int count = runnable(tables);
-  if (name == nullptr) name = tables[count - 1]->name;
   for (int i = 0; i < count; ++i) {
     if (std::strcmp(tables[i]->name, name) == 0) {
       chosen.store(tables[i], std::memory_order_relaxed);

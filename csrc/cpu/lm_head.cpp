@@ -164,8 +164,8 @@ int64_t head_scratch_bytes(int64_t n_rows, int64_t hidden, int64_t n_vocab, bool
 Status recycle_head(const HeadParams& params) {
   RecycleHeadWork work;
   Arena arena(params.scratch);
-  work.take(arena, params.n_rows, params.hidden, params.head.n, params.sampling.greedy(), n_threads());
-  parallel([&](const Team& team) {
+  work.take(arena, params.n_rows, params.hidden, params.head.n, params.sampling.greedy(), params.n_threads);
+  parallel(params.n_threads, [&](const Team& team) {
     run_head(team, params.head, {params.x, params.n_rows, nullptr, params.norm, params.eps}, params.sampling,
              work.threads[team.thread], first_weights(team, params.head), work.head);
     const Range share = team.share(params.n_rows);

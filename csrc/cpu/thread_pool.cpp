@@ -4,15 +4,18 @@
 // for that change. Tried and rejected: a worker that sleeps at once between two steps (50 us to wake it).
 #include "recycle/parallel.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
 
+#include "cores.h"
+
 #if defined(__linux__)
 #include <pthread.h>
-#include <sched.h>
 #endif
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -51,6 +54,26 @@ void wake(std::atomic<uint32_t>& value) {
   std::atomic_thread_fence(std::memory_order_seq_cst);
   value.notify_all();
 }
+
+// A mutex that is given to the threads in the order in which they came: a thread that locks it again and again, as a
+// prefill does, keeps no other thread out.
+class TurnMutex {
+ public:
+  void lock() {
+    const uint32_t turn = next_.fetch_add(1, std::memory_order_relaxed);
+    for (uint32_t now; (now = now_.load(std::memory_order_acquire)) != turn;) await_change(now_, now, 0);
+  }
+  void unlock() {
+    now_.fetch_add(1, std::memory_order_release);
+    wake(now_);
+  }
+
+ private:
+  std::atomic<uint32_t> next_{0};
+  std::atomic<uint32_t> now_{0};
+};
+
+TurnMutex pool_mutex;  // held by a parallel() from begin to end; guards all that is global here
 
 }  // namespace
 
@@ -107,10 +130,11 @@ class Barrier {
 
 namespace {
 
-std::vector<ThreadProfile> thread_profiles;  // empty: off
+bool profiling = false;
+std::vector<ThreadProfile> thread_profiles;  // one for each thread of the largest team since profile(true)
 
 ThreadProfile* profile_of(int thread) {
-  if (thread >= static_cast<int>(thread_profiles.size())) return nullptr;
+  if (!profiling) return nullptr;
   thread_profiles[thread].start();
   return &thread_profiles[thread];
 }
@@ -118,18 +142,20 @@ ThreadProfile* profile_of(int thread) {
 }  // namespace
 
 void profile(bool on) {
+  const std::lock_guard<TurnMutex> lock(pool_mutex);
+  profiling = on;
   thread_profiles.clear();
-  if (on) thread_profiles.resize(n_threads());
 }
 
 PhaseTime phase_time(Phase phase, bool is_module) {
+  const std::lock_guard<TurnMutex> lock(pool_mutex);
   PhaseTime mean;
   const double share = 1.0 / static_cast<double>(thread_profiles.size());
   for (ThreadProfile& thread : thread_profiles) {
     const PhaseTime& time = thread.of(phase, is_module);
     mean.work += time.work * share;
     mean.wait += time.wait * share;
-    mean.count = time.count;
+    mean.count = std::max(mean.count, time.count);
   }
   return mean;
 }
@@ -150,10 +176,16 @@ namespace {
 
 class Pool {
  public:
-  explicit Pool(int n_threads) : n_threads_(n_threads) {
-    spin_ = n_threads <= available_cores() ? kBarrierSpin : 0;
-    barrier_.reset(n_threads, spin_);
-    for (int thread = 1; thread < n_threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
+  explicit Pool(int n_threads) : wanted_(n_threads) {
+    workers_.reserve(n_threads - 1);
+    try {
+      for (int thread = 1; thread < n_threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
+    } catch (const std::exception&) {
+      // The system starts no more threads (a limit on processes or memory). The started ones suffice.
+    }
+    n_threads_ = static_cast<int>(workers_.size()) + 1;
+    spin_ = n_threads_ <= max_running_threads() ? kBarrierSpin : 0;
+    barrier_.reset(n_threads_, spin_);
   }
 
   ~Pool() {
@@ -163,9 +195,11 @@ class Pool {
     for (auto& worker : workers_) worker.join();
   }
 
-  int size() const { return n_threads_; }
+  // The number that was asked for. A pool that is smaller is not tried again until another number is asked for.
+  int wanted() const { return wanted_; }
 
   void run(ParallelFunction function, void* context) {
+    if (profiling && static_cast<int>(thread_profiles.size()) < n_threads_) thread_profiles.resize(n_threads_);
     function_ = function;
     context_ = context;
     start_.fetch_add(1, std::memory_order_release);
@@ -176,17 +210,19 @@ class Pool {
 
  private:
   void work(int thread) {
-    uint32_t seen = 0;
-    while (true) {
-      while (start_.load(std::memory_order_acquire) == seen) await_change(start_, seen, spin_ > 0 ? kIdleSpin : 0);
-      ++seen;
+    run_on_process_cpus();
+    int spin = 0;  // spin_ is not set before the first run
+    for (uint32_t seen = 0;; ++seen) {
+      while (start_.load(std::memory_order_acquire) == seen) await_change(start_, seen, spin);
       if (stop_) return;
+      spin = spin_ > 0 ? kIdleSpin : 0;
       function_(Team{thread, n_threads_, &barrier_, profile_of(thread)}, context_);
       barrier_.arrive_and_wait();
     }
   }
 
-  const int n_threads_;
+  const int wanted_;
+  int n_threads_ = 1;
   int spin_ = 0;
   Barrier barrier_;
   alignas(64) std::atomic<uint32_t> start_{0};
@@ -196,45 +232,30 @@ class Pool {
   std::vector<std::thread> workers_;
 };
 
-std::mutex pool_mutex;
 Pool* pool = nullptr;
-std::atomic<int> wanted_threads{0};
 
 // A forked child lacks the threads of the parent's pool. The child starts a pool of its own, and leaks the parent's:
 // joining its threads would never end.
 void forget_pool_after_fork() {
   pool = nullptr;
-  new (&pool_mutex) std::mutex;
+  new (&pool_mutex) TurnMutex;
 }
 
 }  // namespace
 
-int available_cores() {
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
-#endif
-  const unsigned cores = std::thread::hardware_concurrency();
-  return cores == 0 ? 1 : static_cast<int>(cores);
-}
+ParallelPause::ParallelPause() { pool_mutex.lock(); }
+ParallelPause::~ParallelPause() { pool_mutex.unlock(); }
 
-int n_threads() {
-  const int wanted = wanted_threads.load(std::memory_order_relaxed);
-  return wanted > 0 ? wanted : available_cores() < kMaxThreads ? available_cores() : kMaxThreads;
-}
-
-void set_n_threads(int n) { wanted_threads.store(n, std::memory_order_relaxed); }
-
-void parallel(ParallelFunction function, void* context) {
+void parallel(int n_threads, ParallelFunction function, void* context) {
 #if defined(__linux__)
   static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_after_fork);
   (void)registered;
 #endif
-  std::lock_guard<std::mutex> lock(pool_mutex);
-  const int wanted = n_threads();
-  if (pool == nullptr || pool->size() != wanted) {
+  const std::lock_guard<TurnMutex> lock(pool_mutex);
+  if (pool == nullptr || pool->wanted() != n_threads) {
     delete pool;
-    pool = new Pool(wanted);
+    pool = nullptr;
+    pool = new Pool(n_threads);
   }
   pool->run(function, context);
 }

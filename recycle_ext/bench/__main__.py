@@ -71,7 +71,7 @@ def _add_runner_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="draft tokens per step (default: 1), or auto: in verify mode 0 to 4, chosen by measured speed",
     )
-    parser.add_argument("--threads", metavar="LIST", help="of the kernels (default: the cores this process may use)")
+    parser.add_argument("--threads", metavar="LIST", help="of the kernels (default: as generate chooses)")
     parser.add_argument("--batch", default="1", metavar="LIST", help="sequences decoded together (default: 1)")
     parser.add_argument("--peers", default="", metavar="LIST", help=f"other engines: {', '.join(PEERS)}")
 
@@ -130,7 +130,7 @@ def check_request(options: argparse.Namespace) -> Request:
         cache_dtype=options.cache_dtype,
         module_dtype=options.module_dtype,
         drafts=options.drafts,
-        threads=numbers("--threads", options.threads or str(_C.available_cores()), 256),
+        threads=numbers("--threads", options.threads or str(_C.n_threads()), 256),
         batches=numbers("--batch", options.batch),
         context=options.context,
         new_tokens=options.new_tokens,
@@ -207,8 +207,7 @@ def show(results: dict, options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    options = parse_arguments(arguments)
-    return exit_status(lambda: run(options))
+    return exit_status(lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,7 +100,7 @@ def random_model(base: ModelConfig, module: ModuleConfig | None, dtype: str, dev
         for norm in (view.module.embed_norm, view.module.hidden_norm, view.module.output_norm):
             norm.fill_(1)
         if module.draft_vocab_size:
-            view.module.draft_vocab.copy_(torch.arange(module.draft_vocab_size))
+            view.module.draft_vocab.copy_(torch.arange(module.draft_vocab_size, device="cpu"))
     return packed
 
 
@@ -108,7 +109,7 @@ def _sources(config: ModelConfig | ModuleConfig, shapes: Shapes) -> SimpleNamesp
     nowhere = Path("random weights")
     tensors = {name: TensorSource(name, shape, "bf16", nowhere, 0, 0) for name, shape in shapes.items()}
     if "draft_vocab" in tensors:  # the only tensor whose values ``describe`` reads
-        tensors["draft_vocab"] = SimpleNamespace(raw_rows=torch.arange)
+        tensors["draft_vocab"] = SimpleNamespace(raw_rows=functools.partial(torch.arange, device="cpu"))
     return SimpleNamespace(config=config, tensors=tensors, path=str(nowhere))
 
 
@@ -126,7 +127,8 @@ def _fill_matrix(matrix: Matrix, samples: dict[tuple[str, int], Tensor]) -> None
     """Repeats eight random panels: drawing and packing all of a large matrix would take minutes."""
     key = (matrix.format, matrix.k)
     if key not in samples:
-        rows = torch.randn(8 * PANEL_ROWS, matrix.k, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator("cpu").manual_seed(0)
+        rows = torch.randn(8 * PANEL_ROWS, matrix.k, generator=generator, dtype=torch.float32, device="cpu")
         packed = pack_matrix(rows / matrix.k**0.5, matrix.format)
         samples[key] = packed.view(8, matrix.panel_bytes()).to(matrix.weights.device)
     panels = matrix.panels()

@@ -111,6 +111,7 @@ class Ours:
         start = time.perf_counter()
         while left > 0:
             steps.append(next(records))
+            steps[-1].check()
             left -= int(steps[-1].counts.sum())
         # The clock of the caller, not Step.seconds: choosing the number of draft tokens takes time too.
         seconds = time.perf_counter() - start

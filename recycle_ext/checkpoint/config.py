@@ -46,7 +46,7 @@ class RopeScaling:
 
 def rope_inv_freq(head_dim: int, rope_theta: float, scaling: RopeScaling | None) -> torch.Tensor:
     """Angles per position of each pair of dimensions, [head_dim / 2] float32 (RoFormer, eq. 15)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
     inv_freq = 1.0 / (rope_theta**exponents)
     return inv_freq if scaling is None else scaling(inv_freq)
 
@@ -81,7 +81,7 @@ class ModelConfig(StackConfig):
     max_position_embeddings: int  # at most the sliding window, where the model has one
     tie_word_embeddings: bool
     bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]  # of a directory, without those of the tokenizer: Tokenizer.eos_token_ids has all
     name: str
     # Divisors of inv_freq that a GGUF file brings in place of the rule (rope_freqs.weight).
     rope_freq_factors: tuple[float, ...] | None = None
@@ -90,7 +90,7 @@ class ModelConfig(StackConfig):
         """Angles per position, [head_dim / 2] float32, scaling included."""
         inv_freq = super().inv_freq()
         if self.rope_freq_factors is not None:
-            inv_freq = inv_freq / torch.tensor(self.rope_freq_factors, dtype=torch.float32)
+            inv_freq = inv_freq / torch.tensor(self.rope_freq_factors, dtype=torch.float32, device="cpu")
         return inv_freq
 
 

@@ -32,10 +32,15 @@ _WAY_OUT = "set RECYCLE_CACHE to another directory, or give a model of your own 
 
 
 def cache_directory() -> Path:
-    """$RECYCLE_CACHE, or recycle_ext in the user's cache directory."""
+    """$RECYCLE_CACHE, or recycle_ext in the user's cache directory. Raises RecycleError where the user has no home."""
     if given := os.environ.get("RECYCLE_CACHE"):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recycle_ext"
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "recycle_ext"
+    try:
+        return Path.home() / ".cache" / "recycle_ext"
+    except RuntimeError:
+        raise RecycleError(f"there is no home directory to store the default model in; {_WAY_OUT}") from None
 
 
 def default_model_path(progress: bool = True) -> Path:
@@ -45,16 +50,16 @@ def default_model_path(progress: bool = True) -> Path:
     is reported on standard error. Raises RecycleError where the model cannot be fetched or stored.
     """
     cache = cache_directory()
-    if (found := _in_cache(cache)) is not None:
-        return found
     try:
+        if (found := _in_cache(cache)) is not None:
+            return found
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / "fetch.lock"):
             # Another process may have fetched the model while this process waited for the lock.
             return _in_cache(cache) or _fetch(cache, progress)
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the second: a file system without locks
         raise RecycleError(
-            f"{cache}: the default model cannot be stored: {error.strerror or error}; {_WAY_OUT}"
+            f"{cache}: the default model cannot be stored: {getattr(error, 'strerror', None) or error}; {_WAY_OUT}"
         ) from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recycle_ext.errors import RecycleError
+from recycle_ext.errors import RecycleError, first_line
 
 # The files that open_checkpoint reads; a repository may hold much more.
 _FILES = [
@@ -14,6 +14,7 @@ _FILES = [
     "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
 ]
 
@@ -25,7 +26,7 @@ def download(model_id: str, into: Path | None = None) -> Path:
     directory in place of the hub's cache. Raises RecycleError for an unknown, gated or unreachable model.
     """
     # Imported here: the import is slow, and only hub ids need it.
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
 
     try:
         return Path(snapshot_download(model_id, allow_patterns=_FILES, local_dir=into))
@@ -34,11 +35,7 @@ def download(model_id: str, into: Path | None = None) -> Path:
     except errors.RepositoryNotFoundError:
         reason = "there is no such file or directory here and no such public model on the hub"
     except errors.LocalEntryNotFoundError as error:
-        reason = f"it is not in the hub's cache and the hub cannot be reached ({_first_line(error)})"
-    except (OSError, ValueError) as error:
-        reason = _first_line(error)
+        reason = f"it is not in the hub's cache and the hub cannot be reached ({first_line(error)})"
+    except Exception as error:  # of a proxy or an answer that is not the hub's, the libraries raise dozens of types
+        reason = f"it cannot be fetched from {constants.ENDPOINT}: {type(error).__name__}: {first_line(error)}"
     raise RecycleError(f"model {model_id}: {reason}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

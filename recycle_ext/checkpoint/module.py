@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from recycle_ext import arguments
 from recycle_ext.checkpoint import safetensors as safetensors_file
 from recycle_ext.checkpoint.base_model import Checkpoint
 from recycle_ext.checkpoint.config import ModuleConfig
@@ -46,8 +47,14 @@ def open_module(path: str | Path, base: Checkpoint) -> ModuleCheckpoint:
 
     Raises RecycleError for a module that cannot be opened or was trained for another base.
     """
-    path = Path(path)
-    if not path.is_dir():
+    if not isinstance(base, Checkpoint):
+        raise RecycleError(f"base is {arguments.shown(base)}; open_module needs what open_checkpoint returns")
+    path = Path(arguments.path("module", path))
+    try:
+        found = path.is_dir()
+    except OSError as error:
+        raise RecycleError(f"module {arguments.shown(str(path))}: cannot be read: {error.strerror}") from None
+    if not found:
         raise RecycleError(f"{path}: no such directory; a module has config.json and {_WEIGHTS}")
     config_file = path / "config.json"
     config = ModuleConfig.from_json(read_json(config_file), str(config_file))

@@ -88,10 +88,9 @@ def _write_eagle(path: Path, base: Checkpoint, output: Path) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    options = parse_arguments(arguments)
 
     def run() -> int:
-        print("\n".join(convert(options)))
+        print("\n".join(convert(parse_arguments(arguments))))
         return 0
 
     return exit_status(run)

@@ -115,7 +115,7 @@ def from_module(
         if name != "draft_vocab"
     }
     notes = []
-    bias = tensors.setdefault("fc.bias", torch.zeros(config.hidden_size, dtype=torch.bfloat16))
+    bias = tensors.setdefault("fc.bias", torch.zeros(config.hidden_size, dtype=torch.bfloat16, device="cpu"))
     if max_bias := bias.abs().max().item():
         notes.append(
             f"this module's input_proj has a bias (up to {max_bias:.3g}); SGLang reads it, vLLM 0.32 does "

@@ -8,6 +8,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from recycle_ext.errors import RecycleError
+
+# What a count below 0 says (csrc/include/recycle/decode_step.h).
+_FAILURES = {
+    -1: "a logit is NaN or infinite",
+    -2: "there is no room for another step in the sequence's caches",
+    -3: "a pending token is outside of the vocabulary",
+}
+
 
 @dataclass(frozen=True)
 class SequenceStep:
@@ -42,7 +51,8 @@ class Step(NamedTuple):
     """One decode step of a batch.
 
     tokens [batch, drafted + 1] int64: the new tokens of each sequence, then -1. counts [batch] int64: how many; 0 for
-    an idle sequence. Both on the CPU. drafted: draft tokens of each sequence. seconds: wall-clock time of the step.
+    an idle sequence; below 0 for one that failed, which is as it was before the step (``failure`` says why). Both on the
+    CPU. drafted: draft tokens of each sequence. seconds: wall-clock time of the step.
     """
 
     tokens: Tensor
@@ -50,8 +60,24 @@ class Step(NamedTuple):
     drafted: int
     seconds: float
 
+    def failure(self, index: int = 0) -> str | None:
+        """Why one sequence failed; None if it did not."""
+        count = int(self.counts[index])
+        return f"decode_step, sequence {index}: {_FAILURES[count]}" if count < 0 else None
+
+    def check(self) -> None:
+        """Raises RecycleError for the first sequence that failed."""
+        for index in range(len(self.counts)):
+            if failure := self.failure(index):
+                raise RecycleError(failure)
+
     def sequence(self, index: int = 0) -> SequenceStep:
-        """The step of one sequence; an idle one has neither tokens nor draft tokens."""
+        """The step of one sequence; an idle one has neither tokens nor draft tokens.
+
+        Raises RecycleError if the sequence failed.
+        """
+        if failure := self.failure(index):
+            raise RecycleError(failure)
         count = int(self.counts[index])
         tokens = self.tokens[index, :count].tolist()
         return SequenceStep(tokens, self.drafted if count else 0, max(count - 1, 0), self.seconds)

@@ -37,7 +37,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description="Measures a module: acceptance, speed and quality of the modes on prompts of several kinds, and "
         "accuracy on a cloze set. Without PROMPT and --prompts: on the prompts of this package.",
     )
-    parser.add_argument("prompt", metavar="PROMPT", nargs="*", help="texts to continue")
+    parser.add_argument(
+        "prompt", metavar="PROMPT", nargs="*", help="texts to continue; write -- before a text that begins with -"
+    )
     parser.add_argument(
         "--prompts",
         metavar="FILE",
@@ -138,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
             "`python -m recycle_ext.train` makes one"
         )
     if options.threads is not None:
-        torch.set_num_threads(_C.n_threads())  # of the base model in plain PyTorch
+        torch.set_num_threads(model.packed.threads)  # of the base model in plain PyTorch
     limit, cache_dtype = options.max_new_tokens, options.cache_dtype
     encoded = encode_prompts(model, prompts, limit)
     asked = None if items is None else encode_cloze(model, items)
@@ -184,7 +186,7 @@ def settings(options: argparse.Namespace, drafts: list[int], checkpoint: Checkpo
         "cache_dtype": options.cache_dtype,
         "reference_dtype": options.reference_dtype if options.quality else None,
         "device": options.device,
-        "threads": _C.n_threads(),
+        "threads": model.packed.threads or _C.n_threads(),
         "drafts": drafts,
         "max_new_tokens": options.max_new_tokens,
         "chat_template": model.tokenizer.chat_template is not None,
@@ -219,8 +221,7 @@ def report_differences(rows: Sequence[dict]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    options = parse_arguments(arguments)
-    return exit_status(lambda: run(options))
+    return exit_status(lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

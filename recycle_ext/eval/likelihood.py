@@ -36,9 +36,9 @@ def read(base: BaseModel, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) 
         group = texts[start : start + _BATCH]
         # Padding at the end changes no earlier token: attention is causal.
         length = max(len(prompt) + len(text) for prompt, text in group)
-        tokens = torch.zeros(len(group), length, dtype=torch.int64)
+        tokens = torch.zeros(len(group), length, dtype=torch.int64, device="cpu")
         for row, (prompt, text) in zip(tokens, group, strict=True):
-            row[: len(prompt) + len(text)] = torch.tensor([*prompt, *text])
+            row[: len(prompt) + len(text)] = torch.tensor([*prompt, *text], device="cpu")
         hidden = base(tokens.to(device))
         for row, (prompt, text) in zip(hidden, group, strict=True):
             # The hidden state at a position predicts the next token.

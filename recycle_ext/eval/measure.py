@@ -111,12 +111,12 @@ def add_likelihoods(
     texts = [(ids, run["token_ids"]) for _, ids, run in scored]
     read = tqdm(likelihood.read(base, texts), total=len(texts), unit=" texts", leave=False)
     for (setup, _, run), (log_likelihoods, argmax) in zip(scored, read, strict=True):
-        tokens = torch.tensor(run["token_ids"], dtype=torch.int64)
+        tokens = torch.tensor(run["token_ids"], dtype=torch.int64, device="cpu")
         mean = float(log_likelihoods.mean()) if len(tokens) else None
         run["log_likelihood_nats_per_token"] = mean
         if setup.mode == "alternate":
             # The prefill gives a token of the base model; each step gives the draft tokens, then one more of the base model.
-            is_base = torch.arange(len(tokens)) % (setup.drafts + 1) == 0
+            is_base = torch.arange(len(tokens), device="cpu") % (setup.drafts + 1) == 0
             for name, chosen in (("base", is_base), ("draft", ~is_base)):
                 run[f"{name}_tokens"] = int(chosen.sum())
                 run[f"{name}_tokens_agreeing"] = int((tokens == argmax)[chosen].sum())

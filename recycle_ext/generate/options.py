@@ -22,7 +22,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="the module's weights (default: f32 for a float32 model, else as it was trained, else q8)",
     )
     add("--cache-dtype", choices=CACHE_DTYPES, help="keys and values (default: f32 for a float32 model, else bf16)")
-    add("--threads", type=int, help="default, and at most: the cores this process may use")
+    add(
+        "--threads", type=int, help="at most the CPUs of this process (default: its physical cores, within a CPU quota)"
+    )
     add("--device", default="cpu", help="cpu (default), or an NVIDIA GPU: cuda, cuda:1, ...")
 
 

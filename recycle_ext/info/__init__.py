@@ -15,9 +15,10 @@ import torch
 
 from recycle_ext import _C
 from recycle_ext.checkpoint.default_model import GGUF_NAME, HUB_ID, cache_directory
+from recycle_ext.errors import RecycleError, first_line
 from recycle_ext.measuring.bandwidth import read_bandwidth
 from recycle_ext.measuring.extras import require
-from recycle_ext.measuring.machine import cache_bytes, cpu_quota, date, gpu_driver, plural, processor
+from recycle_ext.measuring.machine import cache_bytes, date, gpu_driver, plural, processor
 from recycle_ext.ops.registration import HAS_CUDA_OPS
 
 # The libraries that recycle_ext depends on, then those of its extras.
@@ -87,19 +88,28 @@ def processor_lines() -> dict[str, str]:
     """The processor, the instruction set in use, and the number of threads with its reason."""
     cpu = processor()
     available, total = _C.available_cores(), os.cpu_count()
-    threads = _C.n_threads()
-    reason = "one per core that this process may run on" if threads == available else "set by a call"
-    quota = cpu_quota()
+    quota = _C.cpu_quota()
     caches = ", ".join(f"{name} {_size(size)}" for name, size in cache_bytes().items())
     return {
         "model": cpu.name,
         "features": " ".join(cpu.features) or "unknown",
         "instruction set": f"{_C.isa()} (of {', '.join(_C.runnable_isas())})",
-        "cores": f"{available} of {total}, by the affinity of this process",
+        "cores": f"{available} of {total}, by the affinity of this process; {_C.physical_cores()} physical",
         "CPU time limit": "none" if quota is None else f"{quota:g} cores (container)",
-        "threads": f"{threads}: {reason}; torch: {torch.get_num_threads()}",
+        "threads": f"{_C.n_threads()}: {_reason_of_threads(quota)}; torch: {torch.get_num_threads()}",
         "caches of a core": caches or "unknown",
     }
+
+
+def _reason_of_threads(quota: float | None) -> str:
+    """Which limit the number of threads comes from."""
+    limits = {
+        "one per physical core that this process may run on": _C.physical_cores(),
+        "the CPU time limit, rounded down": _C.physical_cores() if quota is None else max(1, int(quota)),
+        "torch's number (OMP_NUM_THREADS, torch.set_num_threads)": torch.get_num_threads(),
+    }
+    reason = min(limits, key=limits.__getitem__)
+    return reason if limits[reason] == _C.n_threads() else "set by a call"
 
 
 def memory_lines(bandwidth: bool) -> dict[str, str]:
@@ -135,9 +145,12 @@ def gpu_lines() -> dict[str, str]:
 
 def default_model_lines() -> dict[str, str]:
     """The default model's folder, and its file if the model was fetched."""
-    folder = cache_directory()
-    places = [folder / GGUF_NAME, folder / Path(HUB_ID).name]
-    found = next((place for place in places if place.exists()), None)
+    try:
+        folder = cache_directory()
+        places = [folder / GGUF_NAME, folder / Path(HUB_ID).name]
+        found = next((place for place in places if place.exists()), None)
+    except (OSError, RecycleError) as error:  # a report has all the other lines
+        return {"folder": first_line(error)}
     return {
         "folder": str(folder),
         "RECYCLE_CACHE": os.environ.get("RECYCLE_CACHE", "not set"),

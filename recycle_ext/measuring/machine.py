@@ -16,7 +16,6 @@ from recycle_ext import _C
 from recycle_ext.measuring.extras import require
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # Instruction sets that kernels of this package or of other engines choose by.
 FEATURES = (
     *("avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512vl"),
@@ -60,15 +59,6 @@ def cache_bytes() -> dict[str, int]:
         if kind != "Instruction":
             found[f"L{level}"] = int(size[:-1]) * units[size[-1]] if size[-1] in units else int(size)
     return found
-
-
-def cpu_quota() -> float | None:
-    """Cores' worth of time that the container may use per period; None without a limit."""
-    try:
-        quota, period = _CPU_QUOTA.read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else int(quota) / int(period)
 
 
 def peak_memory_bytes() -> int:

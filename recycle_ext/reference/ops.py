@@ -35,14 +35,14 @@ def attention_decode(
     out = torch.empty_like(q)
     rows = q.shape[1]
     for b, length in enumerate(lengths.tolist()):
-        positions = torch.arange(length, length + rows)
+        positions = torch.arange(length, length + rows, device=q.device)
         cos, sin = rope_tables(inv_freq, positions)
         queries = apply_rope(rms_norm(q[b], q_norm, eps).transpose(0, 1), cos, sin)
         keys = apply_rope(rms_norm(k[b], k_norm, eps).transpose(0, 1), cos, sin)
         cache[0, b, :, length : length + rows] = to_rows(keys, cache.dtype)
         cache[1, b, :, length : length + rows] = to_rows(v[b].transpose(0, 1), cache.dtype)
         seen = from_rows(cache[:, b, :, : length + rows], q.dtype)
-        mask = torch.arange(length + rows)[None, :] <= positions[:, None]
+        mask = torch.arange(length + rows, device=q.device)[None, :] <= positions[:, None]
         attended = F.scaled_dot_product_attention(queries[None], seen[0][None], seen[1][None], mask, enable_gqa=True)
         out[b] = attended[0].transpose(0, 1)
     return out
@@ -102,7 +102,9 @@ def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -
     if top_k:
         threshold = logits.topk(min(top_k, len(logits))).values[-1]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
-    probs = (logits / temperature).softmax(-1)
+    # Within the range where 1 / temperature is a normal float32; below it a distribution is as good as greedy.
+    temperature = min(max(temperature, 2.0**-126), 2.0**126)
+    probs = ((logits - logits.max()) / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probs.sort(descending=True, stable=True)
         before = ordered.cumsum(0) - ordered
@@ -141,7 +143,8 @@ def recycle_head(
             [
                 sample(distribution(row, temperature, top_k, top_p), uniform(seed, p, Stream.SAMPLE))
                 for row, p, seed in zip(logits, positions.tolist(), seeds.tolist(), strict=True)
-            ]
+            ],
+            device=hidden.device,
         )
     return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
 
@@ -179,11 +182,15 @@ class ReferenceDecoder:
         """Sets the draft tokens of the following steps, as Decoder.set_num_draft_tokens; verify mode alone."""
         vocab_size = self.base.config.vocab_size
         padding = 0 if self.draft_vocab is None else int(self.draft_vocab[0])
-        one_hot = F.one_hot(torch.tensor(padding), vocab_size).to(self.base.lm_head.weight.dtype)
+        one_hot = F.one_hot(self._row([padding])[0, 0], vocab_size).to(self.base.lm_head.weight.dtype)
         missing = max(count - self.num_draft_tokens, 0)
         self.pending = self.pending[: count + 1] + [padding] * missing
         self.draft_probs = self.draft_probs[:count] + [one_hot] * missing
         self.num_draft_tokens = count
+
+    def _row(self, ids: list[int]) -> Tensor:
+        """Token ids [1, n], on the model's device."""
+        return torch.tensor([ids], device=self.base.lm_head.weight.device)
 
     def _token(self, logits: Tensor, position: int, stream: Stream) -> tuple[int, Tensor | None]:
         """The argmax, or a sample and the distribution [n_vocab] that it is from."""
@@ -195,7 +202,7 @@ class ReferenceDecoder:
     @torch.no_grad()
     def prefill(self, prompt: list[int]) -> int:
         """Reads the prompt; returns the first new token."""
-        hidden = self.base(torch.tensor([prompt]), self.base_cache)[0]
+        hidden = self.base(self._row(prompt), self.base_cache)[0]
         token, _ = self._token(self.base.logits(hidden[-1]), len(prompt), Stream.SAMPLE)
         self._draft(hidden, [*prompt[1:], token])
         return token
@@ -204,7 +211,7 @@ class ReferenceDecoder:
     def step(self) -> list[int]:
         """One decode step; returns the new tokens: the accepted draft tokens, then one of the base's own."""
         n = self.base_cache.length
-        hidden = self.base(torch.tensor([self.pending]), self.base_cache)[0]
+        hidden = self.base(self._row(self.pending), self.base_cache)[0]
         accepted, token = self._verify(self.base.logits(hidden), n)
         new_tokens = [*self.pending[1 : 1 + accepted], token]
         self.base_cache.truncate(n + accepted + 1)
@@ -243,7 +250,7 @@ class ReferenceDecoder:
         # The module did not see tokens of steps without drafts, but random numbers go by positions in the text.
         skipped = self.base_cache.length - confirmed
         for _ in range(self.num_draft_tokens):
-            embedding = self.base.model.embed_tokens(torch.tensor([following]))
+            embedding = self.base.model.embed_tokens(self._row(following))
             g, out = self.module(embedding, hidden[None], self.module_cache)
             logits = self.base.lm_head.weight @ out[0, -1]
             if self.draft_vocab is not None:

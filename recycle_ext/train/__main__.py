@@ -34,8 +34,7 @@ from recycle_ext.train.workers import Workers, join, leave
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    options = parse_arguments(arguments)
-    return exit_status(lambda: run(options))
+    return exit_status(lambda: run(parse_arguments(arguments)))
 
 
 def run(options: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ struct AttentionParams {
   KvCache cache;                 // one layer: [1, 2, batch, n_kv_heads, capacity, row]
   float* out = nullptr;          // [batch, n_rows, n_heads, head_dim]
   std::byte* scratch = nullptr;  // attention_scratch_bytes()
+  int n_threads = 1;             // CPU only
 };
 
 int64_t attention_scratch_bytes(int64_t batch, int64_t n_rows, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim,

@@ -25,6 +25,12 @@ inline constexpr int64_t kPrefillRows = 64;
 // module writes the confirmed rows (at most k + 1), then k - 1 rows of its own.
 constexpr int64_t positions_needed(int64_t num_draft_tokens) { return num_draft_tokens > 0 ? 2 * num_draft_tokens : 1; }
 
+// counts[b] of a step for a sequence that failed. Its pending tokens, lengths and draft_probs are as before the step,
+// its row of tokens is all -1, and the other sequences are what they would be without it.
+inline constexpr int64_t kNotFinite = -1;  // a logit was NaN or infinite
+inline constexpr int64_t kNoRoom = -2;     // its caches lack positions_needed()
+inline constexpr int64_t kBadToken = -3;  // a pending token is outside of the vocabulary; the CPU's op refuses the call
+
 // The module may have read fewer positions than the base model, because standard steps leave the module out.
 // The module then continues as if the tokens in between were absent: its rows follow each other, and its
 // lengths are counted apart. Standard steps leave these lengths as they are.
@@ -35,11 +41,15 @@ struct DecodeState {
   Mode mode = Mode::standard;
   Sampling sampling;  // seeds: [batch]
   KvCache base_cache;
-  KvCache module_cache;          // unused in standard mode
-  int64_t* pending = nullptr;    // [batch, k + 1]; pending[b][0] < 0: the sequence is idle
-  int64_t* lengths = nullptr;    // [2, batch] positions in the cache: the base model's, the module's
-  float* draft_probs = nullptr;  // [batch, k, draft vocabulary]; sampled verify mode only
+  KvCache module_cache;  // unused in standard mode
+  // [batch, k + 1]; pending[b][0] < 0: the sequence is idle. The draft tokens may come from anywhere.
+  int64_t* pending = nullptr;
+  int64_t* lengths = nullptr;  // [2, batch] positions in the cache: the base model's, the module's
+  // [batch, k, draft vocabulary]: the distributions that the draft tokens were drawn from; sampled verify mode only. A
+  // draft token outside of the draft vocabulary has probability 0 there.
+  float* draft_probs = nullptr;
   std::byte* scratch = nullptr;  // decode_scratch_bytes()
+  int n_threads = 1;             // CPU only
 
   int64_t* module_lengths() const { return lengths + batch; }
   int64_t rows_per_sequence() const { return num_draft_tokens + 1; }
@@ -49,10 +59,14 @@ struct DecodeState {
 int64_t decode_scratch_bytes(const Model& model, int64_t batch, int64_t num_draft_tokens, bool greedy, int n_threads);
 
 // tokens: [batch, k + 1], the accepted draft tokens, one token of the base model's own, then -1.
-// counts: [batch], how many new tokens each row has. On an error, pending and lengths are unchanged.
-Status decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts);
+// counts: [batch], how many new tokens each row has: 0 for an idle sequence, below 0 for one that failed (kNotFinite,
+// ...).
+void decode_step(const DecodeState& state, int64_t* tokens, int64_t* counts);
 
-// Fills the caches of `sequence` with prompt [n_prompt] from position 0 on, and sets its pending tokens.
-Status prefill(const DecodeState& state, int64_t sequence, const int64_t* prompt, int64_t n_prompt);
+// Fills the caches of `sequence` with prompt [n_prompt] from position 0 on, and sets its pending tokens. On an error the
+// sequence is idle. interrupted: asked after each kPrefillRows rows, when other threads may run too; true ends the
+// prefill. Null: never.
+Status prefill(const DecodeState& state, int64_t sequence, const int64_t* prompt, int64_t n_prompt,
+               bool (*interrupted)() = nullptr);
 
 }  // namespace recycle

@@ -11,7 +11,7 @@ namespace recycle {
 
 // How a token is chosen from logits: divide by the temperature, keep the top_k largest, of those the
 // smallest set whose probability reaches top_p, renormalize, draw. temperature 0 is greedy: the argmax, the
-// lowest id among equals.
+// lowest id among equals. Other temperatures are in [2^-126, 2^126], so that their inverse is a normal number.
 struct Sampling {
   float temperature = 0;
   int64_t top_k = 0;               // 0: all
@@ -35,6 +35,7 @@ struct HeadParams {
   int64_t* tokens = nullptr;           // [n_rows]
   float* log_probs = nullptr;          // [n_rows] log softmax(logits)[token], before temperature and cuts
   std::byte* scratch = nullptr;        // head_scratch_bytes()
+  int n_threads = 1;                   // CPU only
 };
 
 int64_t head_scratch_bytes(int64_t n_rows, int64_t hidden, int64_t n_vocab, bool greedy, int n_threads);

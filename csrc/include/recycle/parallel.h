@@ -42,23 +42,28 @@ struct Team {
 
 using ParallelFunction = void (*)(const Team& team, void* context);
 
-// Runs `function` on n_threads() threads, of which the caller is one; returns when all are done.
-// Calls from several threads of a process run one after the other.
-void parallel(ParallelFunction function, void* context);
+inline constexpr int kMaxThreads = 256;
+
+// Runs `function` on n_threads threads (1 to kMaxThreads), of which the caller is one; returns when all are done. The
+// team is smaller where the system does not start as many threads.
+// Calls from several threads of a process run one after the other, in the order in which they came.
+void parallel(int n_threads, ParallelFunction function, void* context);
 
 // The same for a lambda: body(team).
 template <class Body>
-void parallel(const Body& body) {
-  parallel([](const Team& team, void* context) { (*static_cast<const Body*>(context))(team); },
-           const_cast<Body*>(&body));
+void parallel(int n_threads, const Body& body) {
+  parallel(
+      n_threads, [](const Team& team, void* context) { (*static_cast<const Body*>(context))(team); },
+      const_cast<Body*>(&body));
 }
 
-int n_threads();
-// Takes effect at the next parallel(); 1 <= n <= kMaxThreads.
-void set_n_threads(int n);
-// Cores this process may run on (its affinity mask).
-int available_cores();
-
-inline constexpr int kMaxThreads = 256;
+// While one of these lives, no parallel() runs. A thread that is in parallel() must not make one.
+class ParallelPause {
+ public:
+  ParallelPause();
+  ~ParallelPause();
+  ParallelPause(const ParallelPause&) = delete;
+  ParallelPause& operator=(const ParallelPause&) = delete;
+};
 
 }  // namespace recycle

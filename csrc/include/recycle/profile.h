@@ -27,9 +27,9 @@ struct PhaseTime {
   int64_t count = 0;  // how often the phase ran
 };
 
-// Starts with empty sums, or stops. Must not be called while a step runs.
+// Starts with empty sums, or stops; waits for the parallel() that runs.
 void profile(bool on);
-// The sums since profile(true): of the module's phases (is_module), or of the others.
+// The sums since profile(true): of the module's phases (is_module), or of the others. Waits likewise.
 PhaseTime phase_time(Phase phase, bool is_module);
 
 }  // namespace recycle

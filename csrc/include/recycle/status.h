@@ -8,7 +8,8 @@ namespace recycle {
 
 enum class StatusCode : int32_t {
   ok = 0,
-  nonfinite = 1,  // a logit was NaN or infinite, at `sequence` and `position`
+  nonfinite = 1,    // a logit was NaN or infinite, at `sequence` and `position`
+  interrupted = 2,  // prefill: the caller asked for the end
 };
 
 struct Status {
