@@ -10,10 +10,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cuda_emulation.builds import BOUNDS, CHECKS, COMPILER, RACES, SANITIZED, objects
+from cuda_emulation.builds import BOUNDS, CHECKS, COMPILER, RACES, SANITIZED, link, objects
 from cuda_emulation.cases import sampled_cases, smoke_cases
 from cuda_emulation.faults import FAULTS, Fault, plant
-from cuda_emulation.race import programs, replay
+from cuda_emulation.race import replay
 
 
 def _is_gcc() -> bool:
@@ -33,7 +33,7 @@ def parts() -> dict[str, dict[str, Path]]:
 
 @pytest.mark.parametrize("variant", SANITIZED, ids=lambda variant: variant.name)
 def test_kernels_without_a_fault_pass(variant, parts, tmp_path):
-    program = programs((variant,), tmp_path)[variant.name]
+    program = link(variant, parts[variant.name], tmp_path / "replay")
     cases = smoke_cases() + sampled_cases()
     outcome = replay(program, cases, range(1, 2))
     assert outcome.report == ""
