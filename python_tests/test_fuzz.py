@@ -20,7 +20,7 @@ def test_damaged_inputs_are_right_or_refused_by_name():
     assert done.returncode == 0, done.stdout + done.stderr
     counts = [list(map(int, re.findall(r" (\d+) ", line))) for line in done.stdout.splitlines()]
     assert len(counts) == 8
-    assert all(accepted > 5 and refused > 15 and accepted + refused == 150 for accepted, refused, findings in counts)
+    assert all(accepted > 2 and refused > 15 and accepted + refused == 150 for accepted, refused, findings in counts)
 
 
 def test_faults_that_are_planted_are_found(tmp_path):

@@ -214,15 +214,14 @@ def damaged_gguf(random: Random, data: bytes) -> bytes:
         elif choice == 2 and tensors:
             entry = random.choice(tensors)
             at = random.randrange(4)
-            entry[at] = [
-                [odd_value(random, 64) for _ in range(random.randrange(5))],
-                *[odd_value(random, entry[at])] * 3,
-            ][at != 1]
-            entry[at] = entry[at] if at != 2 or isinstance(entry[at], int) else random.randrange(40)
+            if at == 1:
+                entry[at] = [odd_value(random, 64) for _ in range(random.randrange(5))]
+            else:
+                entry[at] = random.randrange(40) if at == 2 else odd_value(random, entry[at])
         elif choice == 3 and tensors:
             tensors.pop(random.randrange(len(tensors)))
-        elif kind == 9 and value[1]:
-            items = value[1]
+        elif kind == 9 and isinstance(value, list) and value and isinstance(value[-1], list) and value[-1]:
+            items = value[-1]
             at = random.randrange(len(items))
             edit = random.randrange(4)
             if edit == 0:

@@ -247,7 +247,7 @@ def head(folder: Path) -> One:
         try:
             to_module(Source(folder / "head"), base, random.random() < 0.3)
         except RecycleError as error:
-            return refused(error, folder / "head")
+            return refused(error, folder / "head", "the head's")
         return True
 
     return one
@@ -273,13 +273,14 @@ def odd_tensor(random: Random, tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.clone(memory_format=torch.contiguous_format)
     if tensor.numel():
         flat, at = tensor.view(-1), random.randrange(tensor.numel())
-        number = random.choice(
-            [0, 1, -1, 2, 63, 64, 255, 2**31, 2**40, 2**62, -(2**62), int(flat[at]) + random.choice((1, -1, 64))]
-        )
-        info = torch.finfo if tensor.is_floating_point() else torch.iinfo
-        flat[at] = (
-            max(info(tensor.dtype).min, min(number, info(tensor.dtype).max)) if tensor.dtype != torch.bool else True
-        )
+        if tensor.is_floating_point():
+            flat[at] = random.choice([0.0, -1.0, 1e38, float("inf"), float("nan")])
+        elif tensor.dtype != torch.bool:
+            bounds, old = torch.iinfo(tensor.dtype), int(flat[at])
+            number = random.choice(
+                [0, 1, -1, 2, 63, 64, 255, 2**31, 2**40, 2**62, -(2**62), old + 1, old - 1, old + 64]
+            )
+            flat[at] = max(bounds.min, min(number, bounds.max))
     return tensor
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from recycle_ext import arguments
 from recycle_ext.arguments import shown
 from recycle_ext.checkpoint import gguf, hub, huggingface
 from recycle_ext.checkpoint.architectures import BY_NAME
-from recycle_ext.checkpoint.config import ModelConfig
+from recycle_ext.checkpoint.config import ModelConfig, check_numbers
 from recycle_ext.checkpoint.default_model import default_model_path
 from recycle_ext.checkpoint.gguf_header import GgufHeader
 from recycle_ext.checkpoint.not_a_model import check_directory
@@ -131,5 +130,4 @@ def _check_sizes(config: ModelConfig, path: Path) -> None:
         raise RecycleError(f"{path}: {config.n_heads} heads cannot share {config.n_kv_heads} key and value heads")
     if config.head_dim % 2:
         raise RecycleError(f"{path}: head_dim is {config.head_dim}; RoPE needs it to be even")
-    if not 0 < config.rope_theta < math.inf:
-        raise RecycleError(f"{path}: rope_theta is {config.rope_theta}; it must be positive")
+    check_numbers(config, str(path))

@@ -26,8 +26,8 @@ class RopeScaling:
         """From the parsed keys of a config.json. ``where``: how an error names them."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in names:
-            if not isinstance(value := values.get(name), (int, float)) or value <= 0:
-                raise RecycleError(f"{where}: {name} is {value!r}; it must be a positive number")
+            if not isinstance(value := values.get(name), (int, float)) or not 0 < value <= _MAX_FLOAT32:
+                raise RecycleError(f"{where}: {name} is {value!r}; it must be a positive number, which float32 holds")
         *factors, length = (values[name] for name in names)
         return cls(*map(float, factors), int(length))
 
@@ -71,6 +71,17 @@ class StackConfig:
     def inv_freq(self) -> torch.Tensor:
         """Angles per position, [head_dim / 2] float32, scaling included."""
         return rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling)
+
+
+def check_numbers(config: StackConfig, file: str) -> None:
+    """Raises RecycleError for a base of RoPE or an eps that float32 cannot hold."""
+    most = torch.finfo(torch.float32).max
+    if not 0 < config.rope_theta <= most:
+        raise RecycleError(f"{file}: rope_theta is {config.rope_theta}; it must be positive, and a number in float32")
+    if not 0 <= config.rms_norm_eps <= most:
+        raise RecycleError(
+            f"{file}: rms_norm_eps is {config.rms_norm_eps}; it must be 0 or more, and a number in float32"
+        )
 
 
 @dataclass(frozen=True)

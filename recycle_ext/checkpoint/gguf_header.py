@@ -101,7 +101,7 @@ class GgufHeader:
         count = 0 if given is None and tokens not in self.metadata else len(self.strings(tokens))
         if given is not None and 0 <= given < count:
             return given
-        is_sentencepiece = self.metadata.get("tokenizer.ggml.model") == "llama"
+        is_sentencepiece = self.get("tokenizer.ggml.model", str, "") == "llama"
         assumed = _SENTENCEPIECE_IDS.get(name) if is_sentencepiece else None
         if assumed is not None and assumed >= count:
             assumed = None

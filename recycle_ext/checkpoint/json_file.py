@@ -14,9 +14,10 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         # A byte order mark, which some editors write, is no part of JSON.
         content = json.loads(file.read_text("utf-8-sig"))
+        json.dumps(content, ensure_ascii=False).encode()  # half of a character, as "\ud83d", is no text
     except OSError as error:
         raise RecycleError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecycleError(f"{file}: not JSON: {error}") from None
     if not isinstance(content, dict):
         raise RecycleError(f"{file}: holds no JSON object")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from recycle_ext import arguments
 from recycle_ext.checkpoint import safetensors as safetensors_file
 from recycle_ext.checkpoint.base_model import Checkpoint
-from recycle_ext.checkpoint.config import ModuleConfig
+from recycle_ext.checkpoint.config import ModuleConfig, check_numbers
 from recycle_ext.checkpoint.json_file import read_json
 from recycle_ext.checkpoint.shapes import check_layers, check_tensors, module_shapes
 from recycle_ext.checkpoint.tensor_source import TensorSource
@@ -58,6 +58,7 @@ def open_module(path: str | Path, base: Checkpoint) -> ModuleCheckpoint:
         raise RecycleError(f"{path}: no such directory; a module has config.json and {_WEIGHTS}")
     config_file = path / "config.json"
     config = ModuleConfig.from_json(read_json(config_file), str(config_file))
+    check_numbers(config, str(config_file))
     if config.base_fingerprint != base.fingerprint:
         raise RecycleError(
             f"{path}: this module was trained for {config.base_name} "
