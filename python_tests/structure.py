@@ -68,6 +68,7 @@ ALLOWED_INCLUDES: dict[str, set[str]] = {
     "csrc/cpu": {"csrc/include/recycle"},
     "csrc/cuda": {"csrc/include/recycle", "python_tests/cuda_emulation"},
     "csrc/bindings": {"csrc/include/recycle", "csrc/common", "csrc/cpu", "csrc/cuda"},
+    "python_tests/cpp": {"csrc/include/recycle", "csrc/cpu"},
     "python_tests/cuda_emulation": {"csrc/include/recycle", "csrc/common", "csrc/cuda"},
 }
 

@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: the same sources, compiled as C++ and run one block at a time.
 
-cuda_emulation/emulation.h says how. The tests compare what the kernels compute with the CPU's kernels. Speed, races and
+cuda_emulation/emulation.h says how. The tests compare what the kernels compute with the CPU's kernels. Speed and
 nvcc's code need a GPU: test_gpu.py, python -m recycle_ext.bench --device cuda.
 """
 

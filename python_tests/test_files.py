@@ -161,8 +161,8 @@ def test_command_keeps_a_file_that_it_did_not_make(tmp_path, capsys, monkeypatch
 
 def test_gpu_report_replaces_only_a_report(tmp_path):
     check_folder(tmp_path / "new")
-    (tmp_path / "tests.txt").touch()
-    with pytest.raises(RecycleError, match=r"tests\.txt is there already, without a gpu\.json"):
+    (tmp_path / "gpu.md").touch()
+    with pytest.raises(RecycleError, match=r"gpu\.md is there already, without a gpu\.json"):
         check_folder(tmp_path)
     (tmp_path / "gpu.json").write_text('{"machine": {}, "checks": {}, "results": []}')
     check_folder(tmp_path)

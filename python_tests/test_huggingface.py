@@ -118,7 +118,7 @@ def test_eos_ids_of_directory_come_from_both_configs(tmp_path, config, generatio
         (edit_json(architectures=[["LlamaForCausalLM"]]), "config.json", '"architectures" is [['),
         (edit_json(architectures=["MistralForCausalLM"]), "config.json", "\"model_type\" is 'llama'"),
         (edit_json(architectures=None, model_type="gpt2"), "config.json", "\"model_type\" is 'gpt2'"),
-        (edit_json(architectures=None, model_type=None), "config.json", "\"model_type\" is ''"),
+        (edit_json(architectures=None, model_type=None), "config.json", '"model_type" is None'),
         (edit_json(model_type=["llama"]), "config.json", "\"model_type\" is ['llama'], not str"),
         (
             edit_bytes("config.json", lambda data: data.replace(b"1e-05", b"null")),

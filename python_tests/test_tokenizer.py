@@ -7,7 +7,7 @@ from pathlib import Path
 
 import gguf
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from models import write_base
 from tokenizers import Tokenizer as Backend
@@ -65,6 +65,7 @@ def test_default_model_digits_are_single_tokens(smollm2):
 # The vocabulary lacks some bytes of control characters.
 @given(text=st.text(st.characters(categories=("L", "N", "P", "S", "Zs"), max_codepoint=0xFFFF)))
 def test_encoded_text_decodes_to_itself(smollm2, text):
+    assume(not any(token.content in text for token in smollm2.backend.get_added_tokens_decoder().values()))
     assert smollm2.decode(smollm2.encode(text)) == text
 
 
@@ -239,7 +240,7 @@ def test_sentencepiece_stream_of_invalid_bytes_goes_on(tmp_path):
     invalid, letter = 3 + 0xFF, tokenizer.encode("a", add_bos=False)[0]
     after_a_character = tokenizer.stream(after=[1, letter])
     pieces = [after_a_character.push(token) for token in [*character, invalid, letter, 2]]
-    assert pieces == ["", "", "北", "", "\ufffd\ufffd\ufffd a", ""]
+    assert pieces == ["", "", "北", "", "\ufffd a", ""]
     assert after_a_character.flush() == ""
     after_a_prompt_of_invalid_bytes = tokenizer.stream(after=[1, letter, invalid])
     assert after_a_prompt_of_invalid_bytes.push(letter) == " a"

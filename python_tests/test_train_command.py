@@ -18,9 +18,9 @@ from recycle_ext.train import __main__ as command
 
 @pytest.fixture(scope="module")
 def joint(tmp_path_factory):
-    """The output directory of a joint run of 40 steps."""
+    """The output directory of a joint run of 80 steps."""
     folder = tmp_path_factory.mktemp("joint")
-    assert train_joint(folder, folder / "out", "--steps", "40") == 0
+    assert train_joint(folder, folder / "out", "--steps", "80") == 0
     return folder / "out"
 
 

@@ -136,13 +136,14 @@ class Touch:
         (lambda file: file.write_bytes(b"not a state"), "{} is damaged, or no state"),
         (lambda file: torch.save({"weight": torch.ones(2)}, file), "{} is no state of a training run"),
         (lambda file: torch.save([1], file), "{} is no state of a training run"),
+        (lambda file: torch.save(read_state(file) | {"arguments": []}, file), "{} is no state of a training run"),
         (lambda file: torch.save(Touch(file.parent / "made"), file), "{} is damaged, or no state"),
         (
             lambda file: torch.save({"trained": {}, "optimizer": {}, "step": 3, "options": {}}, file),
             "{} was written by an earlier version of recycle_ext; begin again with another --output",
         ),
     ],
-    ids=["missing", "cut", "empty", "text", "weights", "list", "code", "earlier version"],
+    ids=["missing", "cut", "empty", "text", "weights", "list", "arguments", "code", "earlier version"],
 )
 def test_damaged_or_foreign_state_is_refused(folder, tmp_path, capsys, change, message):
     output = tmp_path / "out"

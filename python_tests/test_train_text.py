@@ -11,7 +11,8 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from recycle_ext.errors import RecycleError
-from recycle_ext.text.tokenizer import _DIGITS, _WORDS, Tokenizer
+from recycle_ext.text.split_rules import SPLIT_RULES
+from recycle_ext.text.tokenizer import Tokenizer
 from recycle_ext.train import documents as text_of_files
 from recycle_ext.train.documents import documents, packed, token_ids
 from recycle_ext.train.self_text import Prompts, write_text
@@ -132,13 +133,11 @@ LONG = (
 )
 
 
-def byte_level(pattern: str | None) -> Backend:
-    """Byte-level BPE that splits words as GPT-2 does, or by ``pattern``."""
+def byte_level(name: str) -> Backend:
+    """Byte-level BPE that splits words by a rule of this name."""
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if pattern is not None:
-        split = pre_tokenizers.Split(Regex(pattern), "isolated")
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLIT_RULES[name].patterns]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(False, use_regex=False)])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator([LONG], trainer)
@@ -158,11 +157,14 @@ def prefixed() -> Backend:
     return Backend.from_str(json.dumps(fields))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama-bpe", "qwen2", "prefixed"])
+# A name of each rule, but for those whose pieces go on over the space between words.
+RULES = {rule: name for name, rule in SPLIT_RULES.items() if name not in ("superbpe", "exaone-moe")}
+
+
+@pytest.mark.parametrize("kind", [*RULES.values(), "prefixed"])
 def test_long_document_in_parts_has_the_tokens_of_the_whole(monkeypatch, kind):
     monkeypatch.setattr(text_of_files, "_PIECE", 50)
-    patterns = {"gpt2": None} | {name: _WORDS.format(digits=digits) for name, digits in _DIGITS.items()}
-    backend = byte_level(patterns[kind]) if kind in patterns else prefixed()
+    backend = prefixed() if kind == "prefixed" else byte_level(kind)
     tokenizer = Tokenizer(backend, backend.get_vocab_size(), (1,), 0, adds_bos=True, chat_template=None)
     parts = list(token_ids(tokenizer, LONG))
     assert len(parts) > 40

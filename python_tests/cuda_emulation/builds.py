@@ -1,6 +1,6 @@
 """Builds of the emulated kernels: as a library for values, and as the program replay.cpp under each sanitizer.
 
-Objects are kept in build/emulation/, in a folder for the state of the sources, and compiled on all cores.
+Objects are kept in build/emulation/ until their sources change, and compiled on all cores.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 INCLUDE = ROOT / "csrc" / "include"
 HERE = Path(__file__).resolve().parent
+OBJECTS = ROOT / "build" / "emulation"
 PLAN = ROOT / "csrc" / "common" / "plan.cpp"
 KERNELS = sorted(set(CUDA.glob("*.cu")) - {CUDA / "device_info.cu"})
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -53,23 +54,27 @@ CHECKS = Variant(
 SANITIZED = (RACES, BOUNDS, CHECKS)
 
 
-def state_of_sources() -> str:
-    """A name for what an object depends on."""
-    digest = hashlib.sha256(str(COMPILER).encode())
-    for folder in (CUDA, INCLUDE, HERE, ROOT / "csrc" / "common"):
-        for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc"):
-            digest.update(path.name.encode() + path.read_bytes())
+def _digest(variant: Variant, source: Path) -> str:
+    """A name for what an object depends on: compiler, flags, the source and all headers."""
+    digest = hashlib.sha256(f"{COMPILER} {_COMMON} {_UNSANITIZED} {variant}".encode())
+    headers = [path for folder in (CUDA, INCLUDE, HERE) for path in folder.rglob("*.*h") if path.is_file()]
+    for path in (source, *sorted(headers)):
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def objects_folder() -> Path:
-    """The folder of the present sources' objects; those of other states are removed."""
-    folder = ROOT / "build" / "emulation" / state_of_sources()
-    for other in folder.parent.glob("*"):
-        if other != folder:
-            shutil.rmtree(other, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _kept_object(variant: Variant, source: Path) -> Path:
+    """The object of a source, compiled if there is none; objects of former states of the source are removed."""
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    stem = f"{variant.name}.{source.name}"
+    out = OBJECTS / f"{stem}.{_digest(variant, source)}.o"
+    if not out.exists():
+        part = out.with_suffix(f".{os.getpid()}")
+        compile_object(variant, source, part)
+        for former in OBJECTS.glob(f"{stem}.*.o"):
+            former.unlink(missing_ok=True)
+        part.rename(out)
+    return out
 
 
 def _command(variant: Variant, source: Path, cuda: Path, out: Path) -> list[str]:
@@ -89,23 +94,19 @@ def _command(variant: Variant, source: Path, cuda: Path, out: Path) -> list[str]
 
 
 def compile_object(variant: Variant, source: Path, out: Path, cuda: Path = CUDA) -> Path:
-    """Compiles `source` to `out` unless that exists. cuda: the folder of the kernels' headers."""
-    if not out.exists():
-        part = out.with_suffix(f".{os.getpid()}")
-        subprocess.run(_command(variant, source, cuda, part), check=True)
-        part.rename(out)
+    """Compiles `source` to `out`. cuda: the folder of the kernels' headers."""
+    subprocess.run(_command(variant, source, cuda, out), check=True)
     return out
 
 
 def objects(variants: tuple[Variant, ...], entry: str) -> dict[str, dict[str, Path]]:
     """The objects of each variant by the name of their source; entry: replay.cpp or entry.cpp."""
-    folder = objects_folder()
     sources = [*KERNELS, PLAN, HERE / "emulator.cpp", HERE / "checks.cpp", HERE / entry]
-    work = [(variant, source, folder / f"{variant.name}.{source.name}.o") for variant in variants for source in sources]
+    work = [(variant, source) for variant in variants for source in sources]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        done = list(pool.map(lambda item: compile_object(*item), work))
+        done = list(pool.map(lambda item: _kept_object(*item), work))
     found: dict[str, dict[str, Path]] = {variant.name: {} for variant in variants}
-    for (variant, source, _), path in zip(work, done, strict=True):
+    for (variant, source), path in zip(work, done, strict=True):
         found[variant.name][source.name] = path
     return found
 

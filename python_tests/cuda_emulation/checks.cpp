@@ -36,8 +36,8 @@ struct Range {
     for (size_t i = 0; i < bytes; ++i) {
       if (is_written[offset + i]) continue;
       const dim3 block = block_index();
-      std::fprintf(stderr, "EMULATION: %s that nothing has written: byte %zu, block %u %u %u, thread %d, code %p\n", what,
-                   offset + i, block.x, block.y, block.z, thread_index(), from);
+      std::fprintf(stderr, "EMULATION: %s that nothing has written: byte %zu, block %u %u %u, thread %d, code %p\n",
+                   what, offset + i, block.x, block.y, block.z, thread_index(), from);
       std::_Exit(70);
     }
   }
@@ -77,10 +77,10 @@ void __asan_storeN_noabort(void* at, size_t bytes) {
   shared.write(at, bytes);
   scratch.write(at, bytes);
 }
-#define RECYCLE_ACCESS(bytes)                                                                        \
-  void __asan_load##bytes##_noabort(void* at) {                                                      \
-    shared.read(at, bytes, "a read of shared memory", __builtin_return_address(0));                  \
-  }                                                                                                  \
+#define RECYCLE_ACCESS(bytes)                                                       \
+  void __asan_load##bytes##_noabort(void* at) {                                     \
+    shared.read(at, bytes, "a read of shared memory", __builtin_return_address(0)); \
+  }                                                                                 \
   void __asan_store##bytes##_noabort(void* at) { __asan_storeN_noabort(at, bytes); }
 RECYCLE_ACCESS(1)
 RECYCLE_ACCESS(2)

@@ -38,7 +38,10 @@ struct alignas(16) float4 {
 inline void __syncthreads() { ::recycle::cuda::emulator::block_barrier(); }
 inline void __syncwarp() { ::recycle::cuda::emulator::warp_barrier(); }
 inline void __threadfence() { ::recycle::cuda::emulator::fence(); }
-inline unsigned atomicAdd(unsigned* at, unsigned value) { return ::recycle::cuda::emulator::atomic_add(at, value); }
+// Always inline, so that a report names the caller.
+__attribute__((always_inline)) inline unsigned atomicAdd(unsigned* at, unsigned value) {
+  return ::recycle::cuda::emulator::atomic_add(at, value);
+}
 
 namespace recycle::cuda {
 

@@ -98,7 +98,6 @@ class Emulator {
     for (std::byte* memory : allocated_) std::free(memory);
     allocated_.clear();
     atomics_.clear();
-    overlap_ = false;
   }
 
   void wait_for_previous() { launch_ends_[(n_launches_ + 1) % 2].acquire(); }

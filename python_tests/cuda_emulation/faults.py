@@ -60,10 +60,10 @@ FAULTS = [
         "gemv.cuh",
         "        sum_tile(tile);\n        __syncthreads();\n",
         "        sum_tile(tile);\n",
-        "gate_up.cu",
+        "linear.cu",
         RACES,
         _MIXED,
-        (_RACE, "sum_tile", "GateUpParams"),
+        (_RACE, "sum_tile", "LinearParams"),
     ),
     Fault(
         "missing __syncwarp after the last read of the running maximum",
@@ -83,7 +83,7 @@ FAULTS = [
         "attention.cu",
         RACES,
         _STEP,
-        (_RACE, "attention_kernel", "qkv.cu"),
+        (_RACE, "attention_kernel", "begin_kernel"),
     ),
     Fault(
         "missing fence before a block counts itself",
@@ -93,7 +93,7 @@ FAULTS = [
         "attention.cu",
         RACES,
         _ATTENTION,
-        (_RACE, "is_last_block"),
+        (_RACE, "store_split", "combine_splits"),
     ),
     Fault(
         "missing fence after the last block has counted",

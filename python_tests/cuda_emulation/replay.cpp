@@ -182,8 +182,7 @@ void run_attention(Input& input) {
   params.q_norm = params.k_norm = input.array<float>();
   const auto type = static_cast<CacheType>(input.integer());
   params.cache = read_cache(input, type, params.batch, params.n_kv_heads, params.head_dim);
-  params.out =
-      static_cast<float*>(input.take(params.batch * params.n_rows * params.n_heads * params.head_dim * 4));
+  params.out = static_cast<float*>(input.take(params.batch * params.n_rows * params.n_heads * params.head_dim * 4));
   params.scratch = new_scratch(input, recycle::cuda::attention_scratch_bytes(params));
   recycle::cuda::attention_decode(params, kDevice, nullptr);
   recycle::cuda::emulator::synchronize();

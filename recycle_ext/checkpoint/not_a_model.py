@@ -9,6 +9,10 @@ from pathlib import Path
 
 from recycle_ext.errors import RecycleError
 
+ADAPTER = (
+    "an adapter (LoRA or the like), not a model; merge it into {base} (peft: merge_and_unload, then save_pretrained) "
+    "and give the merged model"
+)
 _OLD_GGML = "a model of llama.cpp's format before GGUF; convert the original model again with a newer llama.cpp"
 _PYTORCH = (
     "weights of PyTorch, which can run code when they are opened and are not read; convert them to model.safetensors"
@@ -51,7 +55,7 @@ def kind_of_file(file: Path, start: bytes) -> str:
 def check_directory(path: Path) -> None:
     """Raises RecycleError, which says what is there instead, for a directory that is no Hugging Face model."""
     if (adapter := path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")):
-        raise RecycleError(f"{path}: {_adapter(adapter)}")
+        raise RecycleError(f"{path}: {ADAPTER.format(base=_base_of(adapter))}")
     if not (path / "config.json").is_file() or not any([*path.glob("*.safetensors"), *path.glob("*.bin")]):
         if files := gguf_files(file.name for file in path.iterdir()):
             raise RecycleError(f"{path}: a directory of GGUF files; give the one to run, such as {path / files[0]}")
@@ -67,12 +71,8 @@ def gguf_files(names: Iterable[str]) -> list[str]:
     return [name for name in found if not re.search("mmproj|imatrix", name, re.IGNORECASE)] or found
 
 
-def _adapter(file: Path) -> str:
+def _base_of(adapter: Path) -> str:
     try:
-        base = json.loads(file.read_text("utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        base = None
-    return (
-        f"an adapter (LoRA or the like) of {base or 'a base model'}, not a model; merge it into its base "
-        "(peft: merge_and_unload, then save_pretrained) and give the merged model"
-    )
+        return json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"] or "its base"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its base"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 
@@ -111,11 +112,13 @@ def run(options: argparse.Namespace) -> int:
     prompt = options.prompt
     if prompt == "-":
         try:
-            prompt = sys.stdin.buffer.read().decode()
+            prompt = sys.stdin.buffer.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise RecycleError(f"standard input is not UTF-8: {error.reason}") from None
         except OSError as error:
             raise RecycleError(f"standard input cannot be read: {error.strerror}") from None
+        # The shell adds a line end, and some shells a byte order mark before the text.
+        prompt = re.sub(r"\r?\n\Z", "", prompt)
     generation = generate(
         model := model_of(options),
         prompt,

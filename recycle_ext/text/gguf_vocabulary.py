@@ -3,8 +3,6 @@
 The work is the ``tokenizers`` library's, except for the merges of a SentencePiece vocabulary (text/sentencepiece.py).
 """
 
-# ruff: noqa: RUF001 (the names of tokens have such characters)
-
 from __future__ import annotations
 
 import re
@@ -17,34 +15,27 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from recycle_ext.errors import RecycleError, RecycleWarning
+from recycle_ext.text.end_tokens import CODE_ENDS, MESSAGE_ENDS, no_ends
 from recycle_ext.text.sentencepiece import SentencePieceMerges
 from recycle_ext.text.split_rules import SPLIT_RULES, SplitRule
 from recycle_ext.text.tokenizer import Tokenizer
 
 # Token types in tokenizer.ggml.token_type (llama.h, enum llama_token_type).
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-# Texts that are control tokens whatever their type in the file: llama.cpp overrides the type (src/llama-vocab.cpp).
-_CONTROL_TEXTS = (
-    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>"),
-    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>"),
-    *("<end_of_turn>", "<turn|>", "<|tool_response>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[e~["),
-)
-# The same for tokens of code completion, unless the file names the token of the role. One of a row is enough.
-_CODE_TEXTS = {
-    "fim_pre": ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>")
+# Texts of tokens of code completion. llama.cpp makes one of a role a control token, unless the file names the role's token.
+_CODE_TEXTS = CODE_ENDS | {
+    "fim_pre": ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<\uff5cfim▁begin\uff5c>", "<PRE>", "▁<PRE>")
     + ("<|code_prefix|>", "<|prefix|>"),
-    "fim_suf": ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>")
+    "fim_suf": ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<\uff5cfim▁hole\uff5c>", "<SUF>", "▁<SUF>")
     + ("<|code_suffix|>", "<|suffix|>"),
-    "fim_mid": ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>")
+    "fim_mid": ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<\uff5cfim▁end\uff5c>", "<MID>", "▁<MID>")
     + ("<|code_middle|>", "<|middle|>"),
-    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
-    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
-    "fim_sep": ("<|file_sep|>",),
 }
 # Marks of a message that are part of the text.
 _SHOWN_TEXTS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
-# Where all texts of a row are there, <|end|> ends a message and not the answer.
-_SHOWN_ENDS = (("<|return|>", "<|call|>"), ("<|calls|>", "<|flush|>"))
+# A fine-tuned Phi-3 can have Llama's architecture: its special tokens take the white space after them, but for these.
+_PHI3_NAMES, _PHI3_KEEPS_SPACE_AFTER = ("phi-3", "phi3"), ("<unk>", "<s>", "<|endoftext|>")
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # as GgufMetadata.strings writes bytes that are not UTF-8
 # A token without a text that a tokenizer can hold: its bytes are not UTF-8. U+10FFFE is no character.
 _NO_TEXT, _NO_TEXT_PATTERN = "\U0010fffe{}\U0010fffe", "\U0010fffe[0-9]+\U0010fffe"
 
@@ -70,8 +61,9 @@ def from_gguf(metadata: GgufMetadata, vocab_size: int, eos_token_ids: tuple[int,
     tokens = _texts(metadata.strings(prefix + "tokens"))
     kinds = _kinds(metadata, tokens)
     if model == "gpt2":
+        merges = metadata.strings(prefix + "merges")
         rule = _split_rule(file, metadata.get(prefix + "pre", str, ""))
-        backend = _byte_level(file, rule, tokens, metadata.strings(prefix + "merges"))
+        backend = _byte_level(file, rule, tokens, merges)
         adds_bos = rule.adds_bos
     elif model == "llama":
         scores = metadata.numbers(prefix + "scores", len(tokens), 0.0)
@@ -81,9 +73,15 @@ def from_gguf(metadata: GgufMetadata, vocab_size: int, eos_token_ids: tuple[int,
         adds_bos = True
     else:
         raise RecycleError(f"{file}: tokenizer {model!r} is not supported; gpt2 and llama are")
+    is_phi3 = any(name in metadata.get("general.name", str, "").lower() for name in _PHI3_NAMES)
     backend.add_tokens(
         [
-            AddedToken(text, normalized=False, special=kind != _USER_DEFINED)
+            AddedToken(
+                text,
+                normalized=False,
+                special=kind != _USER_DEFINED,
+                rstrip=is_phi3 and text not in _PHI3_KEEPS_SPACE_AFTER,
+            )
             for text, kind in zip(tokens, kinds, strict=True)
             if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
         ]
@@ -116,7 +114,7 @@ def _texts(tokens: list[str]) -> list[str]:
     for index, text in enumerate(tokens):
         if not text:
             text = f"[EMPTY_{index}]"
-        elif not text.isascii() and re.search("[\ud800-\udfff]", text):
+        elif _NOT_UTF8.search(text):
             text = _NO_TEXT.format(index)
         texts.append(text)
     return texts
@@ -126,19 +124,16 @@ def _kinds(metadata: GgufMetadata, tokens: list[str]) -> list[int]:
     """The tokens' types as llama.cpp corrects them: many converters write the marks of a chat as normal tokens."""
     kinds = metadata.numbers("tokenizer.ggml.token_type", len(tokens), _NORMAL)
     ids = {text: index for index, text in enumerate(tokens)}
-    control = [text for text in _CONTROL_TEXTS if text in ids]
+    control = [text for text in MESSAGE_ENDS if text in ids]
     for role, texts in _CODE_TEXTS.items():
         if metadata.token_id(role) is None:
             control += [text for text in texts if text in ids][:1]
-    for text in control:
-        kinds[ids[text]] = _CONTROL
-    for text in _SHOWN_TEXTS:
+    corrections = dict.fromkeys(control, _CONTROL) | dict.fromkeys(_SHOWN_TEXTS, _USER_DEFINED)
+    for text in no_ends(ids.__contains__):
+        corrections[text] = _NORMAL if text == "</s>" else _USER_DEFINED
+    for text, kind in corrections.items():
         if text in ids:
-            kinds[ids[text]] = _USER_DEFINED
-    if "<|end|>" in ids and any(all(text in ids for text in row) for row in _SHOWN_ENDS):
-        kinds[ids["<|end|>"]] = _USER_DEFINED
-    if "</s>" in ids and "<|tool_response>" in ids:  # Gemma's mark for struck text
-        kinds[ids["</s>"]] = _NORMAL
+            kinds[ids[text]] = kind
     return kinds
 
 
@@ -160,9 +155,8 @@ def _byte_level(file: Path, rule: SplitRule, tokens: list[str], merges: list[str
     """Byte-level BPE (GPT-2, Llama 3, Qwen 2)."""
     vocab = {text: index for index, text in enumerate(tokens)}
     # Of a merge that is there twice, the first counts. A space at the start belongs to the left part.
-    pairs = [
-        (merge[:1] + left, right) for merge in dict.fromkeys(merges) for left, _, right in [merge[1:].partition(" ")]
-    ]
+    merges = [merge for merge in dict.fromkeys(merges) if not _NOT_UTF8.search(merge)]
+    pairs = [(merge[:1] + left, right) for merge in merges for left, _, right in [merge[1:].partition(" ")]]
     try:
         model = models.BPE(vocab, pairs, ignore_merges=rule.ignore_merges)
     except Exception as error:  # tokenizers raises nothing more specific

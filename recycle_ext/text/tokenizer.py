@@ -1,11 +1,12 @@
 """Text to token ids and back.
 
-The work is the ``tokenizers`` library's. A Hugging Face model brings tokenizer.json; a GGUF file brings vocabulary
-and merges and names the rule that splits text into words ("pre"), from which the same tokenizer is built here.
+The work is the ``tokenizers`` library's. A Hugging Face model brings tokenizer.json, which is read here; a GGUF file brings
+a vocabulary (text/gguf_vocabulary.py).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,14 @@ from tokenizers import Tokenizer as Backend
 from recycle_ext.errors import RecycleError
 from recycle_ext.text import chat_template as chat
 from recycle_ext.text import special_tokens
+from recycle_ext.text.byte_tokens import ByteTokens
 from recycle_ext.text.end_tokens import end_tokens
 from recycle_ext.text.stream import TextStream
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A model's tokenizer. ``from_json`` and ``from_gguf`` make one."""
+    """A model's tokenizer. ``from_json`` and ``gguf_vocabulary.from_gguf`` make one."""
 
     backend: Backend = field(repr=False)
     vocab_size: int  # rows of the model's embedding
@@ -56,12 +58,25 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids`` without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        """Text of ``ids`` without special tokens; each part of the bytes that is not UTF-8 becomes one U+FFFD."""
+        return self.backend.decode(self._byte_tokens.in_utf8([i for i in ids if self._has_text(i)]))
 
     def stream(self, after: Sequence[int] = ()) -> TextStream:
         """Decodes ids that come one by one, as the continuation of the ids ``after``."""
-        return TextStream(self.decode, after)
+        return TextStream(self.decode, after, self._has_text)
+
+    @functools.cached_property
+    def _byte_tokens(self) -> ByteTokens:
+        return ByteTokens(self.backend)
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        tokens = self.backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in tokens.items() if token.special)
+
+    def _has_text(self, token_id: int) -> bool:
+        """Whether an id is a token, and no special token. The rows of an embedding may be more than the tokens."""
+        return token_id not in self._special_ids and self.backend.id_to_token(token_id) is not None
 
     def apply_chat_template(self, messages: list[dict[str, str]]) -> str:
         """The prompt of a chat, up to where the assistant's answer starts.

@@ -145,8 +145,8 @@ def _content(turn: dict[str, Any], where: str) -> str:
 
 _READERS = {".jsonl": _lines, ".ndjson": _lines, ".json": _list, ".parquet": _rows, ".csv": _refused, ".tsv": _refused}
 
-# A place where every tokenizer has a boundary: between a letter or digit and the space before the next word, or after
-# a line's end. The tokens on both sides are those of the whole text.
+# A place where nearly every tokenizer has a boundary: between a letter or digit and the space before the next word, or
+# after a line's end. The tokens on both sides are then those of the whole text.
 _BOUNDARY = re.compile(r"(?<=\w)(?= \w)|(?<=\S\n)(?=\S)")
 _PIECE = 1 << 16  # characters; a tokenizer takes some hundred bytes for each
 

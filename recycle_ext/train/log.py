@@ -27,9 +27,12 @@ class Log:
         rows = []
         for line in self.file.read_text("utf-8").splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 break  # The run was interrupted while it wrote this line.
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            rows.append(row)
         return rows
 
     def add(self, row: dict[str, Any]) -> None:

@@ -63,6 +63,8 @@ def read_state(file: Path) -> dict[str, Any]:
     """The state in a training.pt; nothing in the file is run. Raises RecycleError for any other file."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except OSError as error:
         raise RecycleError(f"--resume: {file} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # The unpickler raises whatever the bytes of a damaged file lead to.
@@ -75,6 +77,8 @@ def read_state(file: Path) -> dict[str, Any]:
             f"--resume: {file} was written by an earlier version of recycle_ext; begin again with another --output "
             "(text and states, self-* and read-*.safetensors, may be moved there)"
         )
+    if not all(isinstance(state[name], dict) for name in ("arguments", "trained")):
+        raise RecycleError(f"--resume: {file} is no state of a training run")
     return state
 
 

@@ -1,0 +1,100 @@
+"""The C++ code without torch, tested in C++ under sanitizers: python_tests/cpp.
+
+AddressSanitizer and UndefinedBehaviorSanitizer see every test; ThreadSanitizer the thread pool and whole decode steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from recycle_ext import _C
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC, TESTS = ROOT / "csrc", ROOT / "python_tests" / "cpp"
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+FLAGS = "-std=c++20 -g1 -ffp-contract=off -fno-sanitize-recover=all"
+# -O0: optimizing the kernels under AddressSanitizer takes minutes.
+SANITIZERS = {"address": "-O0 -fsanitize=address,undefined", "thread": "-O1 -Wno-tsan -fsanitize=thread"}
+TESTS_OF = {
+    "address": sorted(TESTS.glob("*.cpp")),
+    "thread": [TESTS / "main.cpp", TESTS / "test_steps.cpp", TESTS / "test_threads.cpp"],
+}
+_AVX2 = "-mavx2 -mfma -mf16c"
+ISA_FLAGS = {"generic": "", "avx2": _AVX2, "avx512": f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni"}
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+
+
+def sources(sanitizer: str) -> dict[Path, str]:
+    """Each source file of the program, the kernels (which take longest) first, and its own flags."""
+    isas = _C.runnable_isas()
+    kernels = {CSRC / "cpu" / "kernels" / f"kernels_{isa}.cpp": ISA_FLAGS[isa] for isa in isas}
+    have = " ".join(f"-DRECYCLE_HAVE_{isa.upper()}" for isa in isas if isa != "generic")
+    others = [CSRC / "common" / "plan.cpp", *sorted((CSRC / "cpu").glob("*.cpp")), *TESTS_OF[sanitizer]]
+    return kernels | dict.fromkeys(others, have)
+
+
+def state_of_sources() -> str:
+    """A name for what the programs depend on."""
+    digest = hashlib.sha256(f"{COMPILER} {FLAGS} {SANITIZERS} {_C.runnable_isas()}".encode())
+    for file in sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cpp"), *TESTS.iterdir()]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    """Where the programs of the present sources are kept."""
+    folder = ROOT / "build" / "cpp_tests" / state_of_sources()
+    if not folder.exists():
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        folder.mkdir(parents=True)
+    return folder
+
+
+def run_compiler(*arguments: object) -> None:
+    done = subprocess.run([COMPILER, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def build(sanitizer: str, folder: Path) -> Path:
+    """The program of one sanitizer, unless it is there already."""
+    program, flags = folder / sanitizer, SANITIZERS[sanitizer].split()
+    if program.exists():
+        return program
+
+    def compiled(item: tuple[Path, str]) -> Path:
+        source, own = item
+        out = folder / f"{sanitizer}.{source.stem}.o"
+        run_compiler(*FLAGS.split(), *flags, *own.split(), f"-I{CSRC / 'include'}", "-c", source, "-o", out)
+        return out
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(compiled, sources(sanitizer).items()))
+    run_compiler(*flags, *objects, "-lpthread", "-ldl", "-o", folder / "new")
+    return (folder / "new").rename(program)
+
+
+def names_of(files: list[Path]) -> list[str]:
+    """The tests in these files, sorted."""
+    return sorted(name for file in files for name in re.findall(r"^TEST\((\w+)\)", file.read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_cpp_tests_pass_under_the_sanitizer(sanitizer, folder):
+    program = build(sanitizer, folder)
+    # ThreadSanitizer may refuse the addresses that the system chooses at random.
+    fixed = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
+    options = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    done = subprocess.run([*fixed, program], env=os.environ | options, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-8000:]
+    assert sorted(done.stdout.split()) == names_of(TESTS_OF[sanitizer])
