@@ -222,18 +222,16 @@ def test_verify_greedy_equals_standard_bit_for_bit(tmp_path, library, dtype, dra
     assert torch.equal(standard.base_cache[:, :, 0, :, :rows], verify.base_cache[:, :, 1, :, :rows])
 
 
-def failing_and_healthy(library, decoder, fail) -> tuple[Emulated, Emulated]:
-    """Two copies of a decoder of two sequences; fail(copy) damages the state of the first sequence of the first copy."""
+def assert_only_first_sequence_fails(library, decoder, fail, code) -> Emulated:
+    """A step of two sequences: the first one reports `code` and is unchanged, the other one is as without the failure.
+
+    fail(failing, healthy): damages the first sequence of `failing`; `healthy` is a copy after the step. Returns `failing`.
+    """
     failing, healthy = Emulated(library, decoder), Emulated(library, decoder)
-    fail(failing)
-    return failing, healthy
-
-
-def assert_only_first_sequence_failed(failing, healthy, code) -> None:
-    """A step of both: the first sequence of `failing` reports `code` and is unchanged; the other one is as in `healthy`."""
+    expected, expected_counts = healthy.step()
+    fail(failing, healthy)
     pending, lengths, probs = (t.clone() for t in (failing.pending, failing.lengths, failing.draft_probs))
     tokens, counts = failing.step()
-    expected, expected_counts = healthy.step()
     assert counts.tolist() == [code, int(expected_counts[1])]
     assert counts[1] > 0
     assert tokens[0].tolist() == [-1] * tokens.shape[1]
@@ -245,20 +243,37 @@ def assert_only_first_sequence_failed(failing, healthy, code) -> None:
     ):
         assert torch.equal(given[0], before[0])
         assert torch.equal(given[1], other[1])
+    return failing
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("cache", ["base_cache", "module_cache"])
 def test_nonfinite_logit_is_reported_and_leaves_the_state(tmp_path, library, cache, temperature):
-    """In the base model, and in the module, whose second draft token meets the NaN when the first one is drawn."""
     base = write_base(tmp_path / "base")
     packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
     decoder = decoder_of(packed, "verify", 2, prompts=[PROMPT, PROMPT], temperature=temperature)
 
-    def fail(emulated):
-        getattr(emulated, cache)[0, 1, 0, 0, 2] = float("nan")
+    def fail(failing, _):
+        getattr(failing, cache)[0, 1, 0, 0, 2] = float("nan")
 
-    assert_only_first_sequence_failed(*failing_and_healthy(library, decoder, fail), -1)
+    assert_only_first_sequence_fails(library, decoder, fail, -1)
+
+
+def test_nonfinite_logit_of_the_second_draft_token_leaves_the_state(tmp_path, library):
+    """The first draft token's distribution was drawn from by then."""
+    base = write_base(tmp_path / "base", tied=False)
+    packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
+    prompts = [PROMPT, [9] * 20]
+    decoder = decoder_of(packed, "verify", 2, torch.float32, prompts, temperature=1.0, seeds=[3, 4])
+
+    def fail(_, healthy):
+        token = int(healthy.pending[0, 1])  # the module alone reads its embedding, for the second draft token
+        assert not torch.any(decoder.pending == token)
+        assert token not in healthy.pending[1]
+        embedding = read_plan(packed.weights, packed.plan).embedding
+        embedding.panels().view(torch.float32).view(-1, embedding.k, 16)[token // 16, :, token % 16] = float("nan")
+
+    assert_only_first_sequence_fails(library, decoder, fail, -1)
 
 
 @pytest.mark.parametrize(
@@ -277,27 +292,25 @@ def test_length_or_token_out_of_range_is_reported_and_leaves_the_caches(tmp_path
     base = write_base(tmp_path / "base")
     packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
 
-    def fail(emulated):
+    def fail(failing, _):
         if lengths is not None:
-            emulated.lengths[:, 0] = torch.tensor(lengths)
+            failing.lengths[:, 0] = torch.tensor(lengths)
         if pending is not None:
-            emulated.pending[0, 1] = pending
+            failing.pending[0, 1] = pending
 
     decoder = decoder_of(packed, "verify", 2, prompts=[PROMPT, PROMPT])
-    failing, healthy = failing_and_healthy(library, decoder, fail)
-    caches = failing.base_cache[:, :, 0].clone(), failing.module_cache[:, :, 0].clone()
-    assert_only_first_sequence_failed(failing, healthy, code)
-    assert torch.equal(failing.base_cache[:, :, 0], caches[0])
-    assert torch.equal(failing.module_cache[:, :, 0], caches[1])
+    failing = assert_only_first_sequence_fails(library, decoder, fail, code)
+    assert torch.equal(failing.base_cache[:, :, 0], decoder.base_cache[:, :, 0])
+    assert torch.equal(failing.module_cache[:, :, 0], decoder.module_cache[:, :, 0])
 
 
 def test_failed_sequence_without_drafts_leaves_the_others(tmp_path, library):
     decoder = decoder_of(pack_model(write_base(tmp_path), None, "f32"), prompts=[PROMPT, PROMPT])
 
-    def fail(emulated):
-        emulated.pending[0, 0] = 101
+    def fail(failing, _):
+        failing.pending[0, 0] = 101
 
-    assert_only_first_sequence_failed(*failing_and_healthy(library, decoder, fail), -3)
+    assert_only_first_sequence_fails(library, decoder, fail, -3)
 
 
 @pytest.mark.parametrize(("top_k", "accepted"), [(0, True), (1, False)])
