@@ -88,11 +88,11 @@ def main(arguments: list[str] | None = None) -> int:
             size = 20 if name == RACES.name else 50
             batches = [cases[i : i + size] for i in range(0, len(cases), size)]
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-                outcomes = list(pool.map(lambda batch, p=program: replay(p, batch, seeds), batches))
-            for outcome in outcomes:
-                if outcome.report:
-                    faults += 1
-                    print(outcome.report)
+                for i, outcome in enumerate(pool.map(lambda batch, p=program: replay(p, batch, seeds), batches)):
+                    if outcome.report:
+                        faults += 1
+                        print(outcome.report, flush=True)
+                    print(f"{name}: {i + 1} of {len(batches)} batches", end="\r", file=sys.stderr, flush=True)
             print(f"{name}: {len(cases)} cases in {len(seeds)} orders, {time.monotonic() - begin:.0f} s", flush=True)
     print("no fault" if not faults else f"{faults} batches with a fault")
     return int(faults > 0)
