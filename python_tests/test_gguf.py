@@ -12,7 +12,9 @@ from gguf import GGMLQuantizationType as GgmlType
 from gguf.quants import quantize
 from model_files import TEXTS, assert_refused, write_gguf
 from models import write_base
+from vocabularies import KEY, byte_level
 
+from recycle_ext import load
 from recycle_ext.checkpoint.base_model import open_checkpoint
 from recycle_ext.errors import RecycleError
 
@@ -79,6 +81,39 @@ def test_gguf_rope_freqs_divide_frequencies(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("keys", "factor"),
+    [
+        ({"scaling.factor": 4.0}, 4.0),
+        ({"scaling.factor": 4.0, "scaling.type": "linear"}, 4.0),
+        ({"scale_linear": 2.0}, 2.0),
+        ({"scaling.factor": 4.0, "scale_linear": 2.0}, 4.0),
+        ({"scaling.factor": 4.0, "scaling.type": "none"}, 1.0),
+        ({"scaling.factor": 0.0, "scaling.attn_factor": 1.0}, 1.0),
+    ],
+)
+def test_gguf_linear_rope_scaling_divides_frequencies(tmp_path, keys, factor):
+    """As in llama.cpp, scaling without a type is linear."""
+    hf = write_base(tmp_path / "hf")
+    keys = {f"llama.rope.{key}": value for key, value in keys.items()}
+    factors = np.linspace(1, 8, hf.config.head_dim // 2, dtype=np.float32)
+    for tensors, others in (({}, 1.0), ({"rope_freqs.weight": factors}, torch.from_numpy(factors))):
+        write_gguf(tmp_path / "model.gguf", hf, metadata=keys, tensors=tensors)
+        inv_freq = open_checkpoint(tmp_path / "model.gguf").config.inv_freq()
+        assert torch.equal(inv_freq, hf.config.inv_freq() / (others * factor))
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.GGUF", "sha256-0a1b"])
+def test_gguf_of_any_name_keeps_its_formats(tmp_path, name):
+    """Ollama's files have no ending."""
+    keys = byte_level()
+    hf = write_base(tmp_path / "hf", vocab_size=len(keys["tokens"]))
+    write_gguf(tmp_path / name, hf, "F32", metadata={KEY + key: value for key, value in keys.items()})
+    model = load(tmp_path / name, module="none")
+    assert model.packed.formats == "f32"
+    assert model.cache_dtype == torch.float32
+
+
+@pytest.mark.parametrize(
     ("metadata", "expected"),
     [
         ({}, (2,)),
@@ -108,14 +143,26 @@ def test_gguf_eos_ids_come_from_metadata_and_vocabulary(tmp_path, metadata, expe
         ({"arch": "phi3"}, "architecture 'phi3' is not supported"),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "RoPE scaling 'yarn'"),
         ({"metadata": {"llama.expert_count": 8}}, "mixture-of-experts"),
-        ({"metadata": {"split.count": 2}}, "one part of a split model"),
+        ({"metadata": {"llama.rope.scaling.attn_factor": 2.0}}, "attn_factor is 2.0; only 1"),
+        ({"metadata": {"llama.rope.scaling.factor": -2.0}}, "scaling.factor is -2.0; it must be positive"),
+        ({"metadata": {"split.count": 3, "split.no": 1}}, "part 2 of 3 of a split model; join the parts first"),
+        (
+            {
+                "metadata": {"split.count": 3},
+                "edit": lambda data: data.replace(b"general.architecture", b"general.architectura"),
+            },
+            "part 1 of 3 of a split model",
+        ),
+        ({"metadata": {"general.type": "adapter"}}, "a LoRA adapter, not a model; merge it into its base first"),
+        ({"metadata": {"general.type": "mmproj"}}, "(mmproj); give the file of its language model"),
+        ({"arch": "clip"}, "(mmproj); give the file of its language model"),
+        ({"edit": lambda data: data[:4] + data[4:8][::-1] + data[8:]}, "a big-endian GGUF file; make it little-endian"),
         ({"metadata": {"llama.block_count": None}}, "llama.block_count is missing"),
         ({"metadata": {"llama.block_count": 2**31}}, "2147483648 layers"),
         ({"metadata": {"llama.attention.head_count": 0}}, "with 0 heads"),
         ({"metadata": {"llama.attention.head_count": [4, 4]}}, "is 'an array of 2', not int"),
         ({"metadata": {"llama.attention.value_length": 8}}, "value_length is 8; only 16"),
         ({"metadata": {"llama.rope.freq_base": 0.0}}, "rope_theta is 0.0"),
-        ({"metadata": {"tokenizer.ggml.eos_token_id": 101}}, "is 101, of 101 tokens"),
         ({"metadata": BAD_TOKENS}, "tokens is missing or no array of strings"),
         ({"tensors": {"token_embd.weight": None}}, "tensor token_embd.weight is missing"),
         ({"tensors": {"blk.1.ffn_up.weight": None}}, f"tensor {UP_PROJ} is missing"),

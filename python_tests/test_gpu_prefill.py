@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import ARCHITECTURES, reference_base, write_base, write_module
 from test_recycle_head import dequantized
 from tolerance import assert_as_good_as
+from torch.nn.attention.bias import CausalBias
+from torch.overrides import TorchFunctionMode
 
 from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.ops import cuda_prefill
@@ -70,6 +73,39 @@ def test_prefill_in_several_passes_equals_cpu(tmp_path, monkeypatch, length):
     monkeypatch.setattr(cuda_prefill, "ROWS_PER_PASS", 16)
     base = write_base(tmp_path / "base")
     compare(base, write_module(tmp_path / "module", base), "f32", length, 2e-5)
+
+
+def test_long_prefill_unpacks_each_matrix_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_prefill, "ROWS_PER_PASS", 16)
+    unpacked = []
+    unpack = Matrix.unpacked
+    monkeypatch.setattr(Matrix, "unpacked", lambda self: unpacked.append(self.offset) or unpack(self))
+    base = write_base(tmp_path / "base")
+    packed = pack_model(base, write_module(tmp_path / "module", base), "bf16")
+    decoder = Decoder(packed, "verify", capacity=300)
+    prompt = torch.randint(0, 101, (100,), generator=torch.Generator().manual_seed(3))
+    fill_caches(read_plan(packed.weights, packed.plan), decoder.base_cache, decoder.module_cache, 0, prompt)
+    assert len(unpacked) == len(set(unpacked)) == 7 * 3 + 1  # three layers, and the module's input projection
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_a_long_prompt_needs_no_mask(dtype):
+    """A mask, or grouped queries in float32, leave PyTorch the kernel that writes the scores of all pairs to memory."""
+    calls = []
+
+    class Calls(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is F.scaled_dot_product_attention:
+                calls.append((type(args[3]), args[1].shape[1], kwargs["enable_gqa"]))
+            return function(*args, **(kwargs or {}))
+
+    q, k, v = (torch.randn(heads, rows, 16).to(dtype) for heads, rows in ((4, 5), (2, 12), (2, 12)))
+    with Calls():
+        out = cuda_prefill._attend(q, k, v)
+    assert calls == [(CausalBias, 4, False) if dtype == torch.float32 else (CausalBias, 2, True)]
+    mask = torch.ones(5, 12, dtype=torch.bool).tril(7)
+    expected = F.scaled_dot_product_attention(q[None], k[None], v[None], mask, enable_gqa=True)[0]
+    torch.testing.assert_close(out, expected)
 
 
 def test_prefill_in_bf16_is_as_exact_as_pytorch(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 
@@ -9,13 +10,16 @@ import pytest
 import torch
 from models import reference_base, write_base
 
+from recycle_ext.bench import gpu_report
 from recycle_ext.bench.__main__ import main
 from recycle_ext.bench.gpu_report import GpuRunner, bars, figures, heading, table
 from recycle_ext.bench.plain_torch import StaticDecoder
 from recycle_ext.bench.plot import draw, plot
 from recycle_ext.bench.random_model import SHAPES, random_model
 from recycle_ext.checkpoint.shapes import base_shapes, module_shapes
+from recycle_ext.decoding.cuda_graph import GraphedStep
 from recycle_ext.decoding.decoder import Decoder
+from recycle_ext.weights.pack import pack_model
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "q8", "q4"])
@@ -90,6 +94,46 @@ def test_plot_shows_the_rates_in_bf16_by_shape(tmp_path):
     assert [line.get_ydata()[0] for line in axes.lines] == pytest.approx([1000, 1600, 1000])
     plot(bars(results), heading(report), str(tmp_path / "gpu.png"), group="shape")
     assert (tmp_path / "gpu.png").stat().st_size > 1000
+
+
+def test_checks_go_from_what_is_simplest_to_what_is_fastest(tmp_path, monkeypatch):
+    ran = []
+
+    def logged(command, log, seconds, environment):
+        off = [name for name in ("RECYCLE_CUDA_OVERLAP", "RECYCLE_CUDA_GRAPH") if environment.get(name) == "0"]
+        ran.append((command[2], off, log.name))
+        return "passed"
+
+    monkeypatch.setattr(gpu_report, "_logged", logged)
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda *_, **__: "compute-sanitizer")
+    statuses = gpu_report.run_checks(tmp_path)
+    neither = ["RECYCLE_CUDA_OVERLAP", "RECYCLE_CUDA_GRAPH"]
+    assert ran == [
+        ("pytest", neither, "tests_without_graph_and_overlap.txt"),
+        ("memcheck", neither, "memcheck.txt"),
+        ("synccheck", neither, "synccheck.txt"),
+        ("racecheck", neither, "racecheck.txt"),
+        ("pytest", ["RECYCLE_CUDA_OVERLAP"], "tests_with_graph.txt"),
+        ("pytest", [], "tests_with_graph_and_overlap.txt"),
+    ]
+    assert set(statuses.values()) == {"passed"}
+
+
+def test_step_without_a_cuda_graph_equals_step(tmp_path, monkeypatch):
+    """RECYCLE_CUDA_GRAPH=0, on the CPU: the calls of torch.cuda that remain do nothing."""
+    monkeypatch.setenv("RECYCLE_CUDA_GRAPH", "0")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    packed = pack_model(write_base(tmp_path), None, "f32")
+    graphed, plain = (Decoder(packed, "standard", capacity=40) for _ in range(2))
+    for decoder in (graphed, plain):
+        decoder.prefill([5, 17, 3])
+    arguments = graphed.arguments()
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **kwargs: torch.zeros(*args, **kwargs))
+    step = GraphedStep(arguments)
+    for _ in range(4):
+        step.replay()
+        assert torch.equal(step._results[0], plain.step().tokens)
+    assert torch.equal(graphed.lengths, plain.lengths)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,12 @@ def test_null_in_config_json_reads_as_absent(tmp_path):
     assert open_checkpoint(tmp_path).config == config
 
 
+def test_byte_order_mark_is_no_part_of_config_json(tmp_path):
+    config = write_base(tmp_path).config
+    edit_bytes("config.json", lambda data: b"\xef\xbb\xbf" + data)(tmp_path)
+    assert open_checkpoint(tmp_path).config == config
+
+
 @pytest.mark.parametrize(
     ("config", "generation_config", "expected"),
     [
@@ -110,7 +116,20 @@ def test_eos_ids_of_directory_come_from_both_configs(tmp_path, config, generatio
         (edit_bytes("config.json", lambda data: data[:-9]), "config.json", "not JSON"),
         (edit_json(architectures=["GPT2LMHeadModel"]), "config.json", "['GPT2LMHeadModel']"),
         (edit_json(architectures=[["LlamaForCausalLM"]]), "config.json", '"architectures" is [['),
-        (edit_json(vocab_size=None), "config.json", '"vocab_size" is missing'),
+        (edit_json(architectures=["MistralForCausalLM"]), "config.json", "\"model_type\" is 'llama'"),
+        (edit_json(architectures=None, model_type="gpt2"), "config.json", "\"model_type\" is 'gpt2'"),
+        (edit_json(architectures=None, model_type=None), "config.json", '"model_type" is None'),
+        (edit_json(model_type=["llama"]), "config.json", "\"model_type\" is ['llama'], not str"),
+        (
+            edit_bytes("config.json", lambda data: data.replace(b"1e-05", b"null")),
+            "config.json",
+            '"rms_norm_eps" is null',
+        ),
+        (edit_json(vocab_size=None), WEIGHTS, "the sizes of the model ask for [32000, 64]"),
+        (edit_json(hidden_act="gelu"), "config.json", "\"hidden_act\" is 'gelu'"),
+        (edit_json(transformers_weights="other.safetensors"), "config.json", '"transformers_weights" is'),
+        (edit_json(rope_parameters={"full_attention": {"rope_theta": 5.0}}), "config.json", "the same for all kinds"),
+        (edit_json(layer_types=["sliding_attention"] * 2), "config.json", '"layer_types" is'),
         (edit_json(num_key_value_heads=3), "", "4 heads cannot share 3"),
         (edit_json(head_dim=15), "", "head_dim is 15"),
         (edit_json(num_hidden_layers=10**9), "", "1000000000 layers"),
@@ -136,7 +155,7 @@ def test_eos_ids_of_directory_come_from_both_configs(tmp_path, config, generatio
         (edit_tensor(NORM, torch.Tensor.int), WEIGHTS, f"tensor {NORM} is stored as I32"),
         (edit_tensor(NORM, torch.Tensor.long), WEIGHTS, f"tensor {NORM} is stored as I64"),
         (edit_tensor(NORM, torch.Tensor.double), WEIGHTS, f"tensor {NORM} is stored as F64"),
-        (edit_json(architectures=["Qwen2ForCausalLM"]), "", f"tensor {Q_BIAS} is missing"),
+        (edit_json(architectures=None, model_type="qwen2"), "", f"tensor {Q_BIAS} is missing"),
         (edit_tensor(Q_BIAS, lambda _: torch.ones(64)), WEIGHTS, f"tensor {Q_BIAS} has no place"),
     ],
 )

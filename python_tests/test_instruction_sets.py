@@ -61,6 +61,7 @@ def decode(packed: PackedModel, name: str, cache: str, mode: str, temperature: f
             batch=len(PROMPTS),
             capacity=CAPACITY,
             temperature=temperature,
+            seeds=range(len(PROMPTS)),
             cache_dtype=CACHE_DTYPES[cache],
         )
         record = Record([[decoder.prefill(prompt, b) for b, prompt in enumerate(PROMPTS)]])

@@ -126,5 +126,5 @@ def test_grouped_bars_draw_each_value_in_its_group():
     assert [[round(center) for center in series] for series in centers] == [[0, 1], [1]]
     assert bars[0][1].get_x() + bars[0][1].get_width() <= bars[1][0].get_x()  # no overlap
     assert [text.get_text() for text in axes.texts] == ["1", "2", "4"]
-    with pytest.raises(RecycleError, match=r"--plot nowhere/x\.png: No such file or directory"):
+    with pytest.raises(RecycleError, match=r"nowhere/x\.png: cannot be written: No such file or directory"):
         save_figure(figure, "nowhere/x.png")

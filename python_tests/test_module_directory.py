@@ -108,7 +108,7 @@ def test_save_module_over_a_file_or_with_wrong_tensors_is_refused(tmp_path):
     module = write_module(tmp_path / "module", write_base(tmp_path / "base"))
     tensors, file = module.state_dict(), tmp_path / "file"
     file.touch()
-    assert_refused(lambda: save_module(file, module.config, tensors), file, "cannot be saved")
+    assert_refused(lambda: save_module(file, module.config, tensors), file, "cannot be written")
     tensors["embed_norm.weight"] = torch.ones(9)
     with pytest.raises(RecycleError, match=r"tensor embed_norm.weight is \(9,\)"):
         save_module(tmp_path / "other", module.config, tensors)

@@ -217,7 +217,7 @@ def test_recycle_head_with_a_wrong_argument_names_it(change, message):
         ({"drafts": 5}, "drafts is 5; it must be 1 to 4, or auto"),
         ({"drafts": "many"}, "drafts is 'many'; it must be 1 to 4, or auto"),
         ({"drafts": "auto", "mode": "alternate"}, "'auto', which mode 'alternate' can't have: there every"),
-        ({"capacity": 10**6}, "capacity is 1000000; this model's context has 1 to 512"),
+        ({"capacity": 10**6}, "capacity is 1000000; it must be in this model's context, 1 to 512"),
         ({"mode": "standard", "batch": 2, "seeds": [1]}, "batch is 2 and there are 1 seeds"),
     ],
 )
@@ -227,7 +227,7 @@ def test_decoder_with_a_wrong_argument_names_it(packed, arguments, message):
 
 
 def test_set_num_draft_tokens_out_of_range_is_refused(packed):
-    with pytest.raises(RecycleError, match="drafts is 3; it must be 0 to 2"):
+    with pytest.raises(RecycleError, match="count is 3; it must be 0 to 2"):
         Decoder(packed, "verify", 2).set_num_draft_tokens(3)
     with pytest.raises(RecycleError, match="mode is 'alternate'; drafts can be changed in verify"):
         Decoder(packed, "alternate", 2).set_num_draft_tokens(1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import gguf
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from models import write_base
 from tokenizers import Tokenizer as Backend
@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from recycle_ext.checkpoint.base_model import open_checkpoint
 from recycle_ext.checkpoint.gguf_header import GgufHeader
 from recycle_ext.errors import RecycleError
-from recycle_ext.text.tokenizer import from_gguf
+from recycle_ext.text.gguf_vocabulary import from_gguf
 
 TEXTS = [
     "Once upon a time, in a small village by the sea,",
@@ -65,6 +65,7 @@ def test_default_model_digits_are_single_tokens(smollm2):
 # The vocabulary lacks some bytes of control characters.
 @given(text=st.text(st.characters(categories=("L", "N", "P", "S", "Zs"), max_codepoint=0xFFFF)))
 def test_encoded_text_decodes_to_itself(smollm2, text):
+    assume(not any(token.content in text for token in smollm2.backend.get_added_tokens_decoder().values()))
     assert smollm2.decode(smollm2.encode(text)) == text
 
 
@@ -239,7 +240,7 @@ def test_sentencepiece_stream_of_invalid_bytes_goes_on(tmp_path):
     invalid, letter = 3 + 0xFF, tokenizer.encode("a", add_bos=False)[0]
     after_a_character = tokenizer.stream(after=[1, letter])
     pieces = [after_a_character.push(token) for token in [*character, invalid, letter, 2]]
-    assert pieces == ["", "", "北", "", "\ufffd\ufffd\ufffd a", ""]
+    assert pieces == ["", "", "北", "", "\ufffd a", ""]
     assert after_a_character.flush() == ""
     after_a_prompt_of_invalid_bytes = tokenizer.stream(after=[1, letter, invalid])
     assert after_a_prompt_of_invalid_bytes.push(letter) == " a"
@@ -254,9 +255,8 @@ def test_sentencepiece_puts_a_space_before_text(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "gpt2", "pre": "deepseek-v3"}, "pre-tokenizer 'deepseek-v3' is not supported"),
+        ({"kind": "gpt2", "pre": "kimi-k2"}, "pre-tokenizer 'kimi-k2' is not supported"),
         ({"kind": "t5"}, "tokenizer 't5' is not supported; gpt2 and llama are"),
-        ({"bos": 999}, "bos_token_id is 999, of 273 tokens"),
         ({"kind": "gpt2"}, "tokenizer.ggml.merges is missing"),
     ],
 )

@@ -23,7 +23,7 @@ def states(base):
 
 
 def test_training_raises_held_out_acceptance(base, states, tmp_path):
-    trainer = frozen_trainer(base, states, steps=150)
+    trainer = frozen_trainer(base, states, steps=40)
     before = trainer.evaluate()
     losses = [step.loss for step in trainer.run(tmp_path / "state.pt")]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
@@ -35,7 +35,7 @@ def test_training_with_chains_lowers_chain_loss(base, states, tmp_path):
     losses = {}
     for num_draft_tokens in (1, 3):
         targets = Targets(num_draft_tokens=num_draft_tokens)
-        trainer = frozen_trainer(base, states, targets, steps=60)
+        trainer = frozen_trainer(base, states, targets, steps=20)
         finish(trainer, tmp_path / f"{num_draft_tokens}.pt")
         measured = frozen_trainer(base, states, Targets(num_draft_tokens=3)).task
         measured.module.load_state_dict(trainer.task.module.state_dict())
@@ -52,7 +52,7 @@ def test_training_with_chains_lowers_chain_loss(base, states, tmp_path):
     ids=["hard", "both", "regression"],
 )
 def test_training_on_each_target_raises_acceptance(base, states, tmp_path, targets):
-    trainer = frozen_trainer(base, states, targets, steps=80)
+    trainer = frozen_trainer(base, states, targets, steps=40)
     before = trainer.evaluate()["acceptance_1"]
     finish(trainer, tmp_path / "state.pt")
     assert trainer.evaluate()["acceptance_1"] > 1.1 * before
@@ -60,7 +60,7 @@ def test_training_on_each_target_raises_acceptance(base, states, tmp_path, targe
 
 def test_measured_acceptance_equals_decoders(base, states, tmp_path):
     """evaluate()'s acceptance is that of verify mode on the same text."""
-    trainer = frozen_trainer(base, states, steps=60)
+    trainer = frozen_trainer(base, states, steps=30)
     finish(trainer, tmp_path / "state.pt")
     with trainer.averaged():
         trainer.task.save(tmp_path / "module")

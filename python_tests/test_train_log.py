@@ -34,9 +34,10 @@ def test_log_file_has_one_json_line_for_each_row(log):
     assert [json.loads(line) for line in log.file.read_text().splitlines()] == ROWS
 
 
-def test_log_of_resumed_run_drops_later_and_broken_rows(log, tmp_path):
+@pytest.mark.parametrize("broken", ['{"step": 80, "lo', "[1]", '{"steps": 80}'])
+def test_log_of_resumed_run_drops_later_and_broken_rows(log, tmp_path, broken):
     with log.file.open("a") as stream:
-        stream.write('{"step": 80, "lo')
+        stream.write(broken)
     resumed = Log(tmp_path, 40)
     assert resumed.rows == ROWS[:2]
     assert [json.loads(line) for line in log.file.read_text().splitlines()] == ROWS[:2]

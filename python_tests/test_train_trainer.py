@@ -12,6 +12,7 @@ from train_model import finish, frozen_trainer, sampled_states, write_small_base
 
 from recycle_ext.errors import RecycleError
 from recycle_ext.train.frozen import Targets, initial_module
+from recycle_ext.train.record import read_state
 from recycle_ext.train.trainer import TrainOptions, rate_factor
 
 
@@ -42,7 +43,7 @@ def test_resumed_run_ends_with_same_bits(base, states, tmp_path):
         if step.number == 7:
             break
     second = frozen_trainer(base, states, targets, steps=20)
-    second.load(tmp_path / "cut.pt")
+    second.restore(tmp_path / "cut.pt", read_state(tmp_path / "cut.pt"))
     assert second.step == 7
     assert [step.learning_rate for step in second.run(tmp_path / "cut.pt")] == rates[7:]
     for model, other in ((whole.task, second.task), (whole.average, second.average)):
@@ -50,22 +51,22 @@ def test_resumed_run_ends_with_same_bits(base, states, tmp_path):
             assert torch.equal(value, other.state_dict()[name]), name
 
 
-def test_checkpoint_of_earlier_version_is_refused(base, states, tmp_path):
-    file = tmp_path / "state.pt"
-    former = {"trained": {}, "average": {}, "optimizer": {}, "step": 3, "base": "", "options": {}}
-    torch.save(former, file)
-    with pytest.raises(RecycleError, match=r"state\.pt was written by an earlier version.*delete"):
-        frozen_trainer(base, states).load(file)
-
-
 def test_checkpoint_of_another_shape_is_refused(base, states, tmp_path):
-    trainer = frozen_trainer(base, states, steps=1)
-    finish(trainer, tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    state["weights"]["module.input_proj.weight"] = torch.zeros(3, 3)
-    torch.save(state, tmp_path / "state.pt")
+    finish(frozen_trainer(base, states, steps=1), tmp_path / "state.pt")
+    state = read_state(tmp_path / "state.pt")
+    state["trained"]["module.input_proj.weight"] = torch.zeros(3, 3)
     with pytest.raises(RecycleError, match=r"of another shape \(module\.input_proj\.weight\)"):
-        frozen_trainer(base, states, steps=1).load(tmp_path / "state.pt")
+        frozen_trainer(base, states, steps=1).restore(tmp_path / "state.pt", state)
+
+
+@pytest.mark.parametrize("part", ["average", "optimizer", "schedule"])
+def test_checkpoint_with_a_damaged_part_is_refused(base, states, tmp_path, part):
+    finish(frozen_trainer(base, states, steps=1), tmp_path / "state.pt")
+    state = read_state(tmp_path / "state.pt") | {part: {"step": [1]}}
+    if part == "schedule":
+        state[part] = None
+    with pytest.raises(RecycleError, match=r"state\.pt is damaged"):
+        frozen_trainer(base, states, steps=1).restore(tmp_path / "state.pt", state)
 
 
 def test_accumulation_changes_memory_not_the_step(base, states, tmp_path):
@@ -140,13 +141,68 @@ def test_averaged_weights_are_measured(base, states, tmp_path):
     assert torch.equal(trainer.task.module.input_proj.weight, last)
 
 
-def test_nonfinite_loss_stops_the_run_and_keeps_the_checkpoint(base, states, tmp_path):
+def nan_loss(trainer, monkeypatch):
+    with torch.no_grad():
+        trainer.task.module.input_proj.weight[0, 0] = float("nan")
+
+
+def nan_gradient(trainer, monkeypatch):
+    weight = trainer.task.module.input_proj.weight
+    weight.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
+
+
+def infinite_step(trainer, monkeypatch):
+    step = trainer.optimizer.step
+
+    def too_far():
+        step()
+        with torch.no_grad():
+            trainer.task.module.input_proj.weight[0, 0] = float("inf")
+
+    monkeypatch.setattr(trainer.optimizer, "step", too_far)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (nan_loss, "the loss is nan at step 2"),
+        (nan_gradient, "the norm of the gradient is nan at step 2"),
+        (infinite_step, "a weight is not finite after step 2"),
+    ],
+)
+def test_nonfinite_step_stops_the_run_and_keeps_the_checkpoint(base, states, tmp_path, monkeypatch, fault, message):
     trainer = frozen_trainer(base, states, steps=20, save_seconds=0.0)
     steps = trainer.run(tmp_path / "state.pt")
     next(steps)
     saved = (tmp_path / "state.pt").read_bytes()
-    with torch.no_grad():
-        trainer.task.module.input_proj.weight[0, 0] = float("nan")
-    with pytest.raises(RecycleError, match=r"the loss is nan at step 2; .*state\.pt"):
+    fault(trainer, monkeypatch)
+    with pytest.raises(RecycleError, match=rf"{message}; .*state\.pt has the state after step 1\. A smaller --lr"):
         list(steps)
     assert (tmp_path / "state.pt").read_bytes() == saved
+
+
+def test_nonfinite_first_step_says_that_nothing_was_saved(base, states, tmp_path, monkeypatch):
+    trainer = frozen_trainer(base, states, steps=20)
+    nan_gradient(trainer, monkeypatch)
+    before = {name: value.clone() for name, value in trainer.task.state_dict().items()}
+    with pytest.raises(RecycleError, match="gradient is nan at step 1; no state was saved yet"):
+        list(trainer.run(tmp_path / "state.pt"))
+    assert all(torch.equal(value, before[name]) for name, value in trainer.task.state_dict().items())
+    assert not list(tmp_path.iterdir())
+
+
+def test_state_is_saved_before_the_first_figures(base, states, tmp_path):
+    """The log, whose rows are the figures, is never without its state."""
+    trainer = frozen_trainer(base, states, steps=20, evaluate_every=2)
+    for step in trainer.run(tmp_path / "state.pt"):
+        assert (tmp_path / "state.pt").exists() == (step.number >= 2)
+        if step.number == 2:
+            break
+    assert read_state(tmp_path / "state.pt")["step"] == 2
+
+
+def test_state_is_saved_when_the_run_is_stopped(base, states, tmp_path):
+    trainer = frozen_trainer(base, states, steps=20)
+    with pytest.raises(KeyboardInterrupt):
+        list(trainer.run(tmp_path / "state.pt", stop=lambda: trainer.step == 2))
+    assert read_state(tmp_path / "state.pt")["step"] == 3

@@ -50,12 +50,24 @@ Checker checker_of(const char* op, const char* name, const Tensor& tensor) {
 
 Device device_of(const Checker& checker) {
   Device device;
-  if (!cuda::describe(checker.gpu, &device)) checker.fail("there is no GPU cuda:", checker.gpu);
-  return device;
+  if (cuda::describe(checker.gpu, &device)) return device;
+  int driver = 0, runtime = 0;
+  if (!cuda::driver_is_new_enough(&driver, &runtime))
+    checker.fail("the GPU's driver knows CUDA ", driver / 1000, ".", driver % 1000 / 10,
+                 ", and recycle_ext was built with CUDA ", runtime / 1000, ".", runtime % 1000 / 10,
+                 "; update the driver, or build recycle_ext with the driver's CUDA");
+  checker.fail("there is no GPU cuda:", checker.gpu);
 }
 
 void check_started(const char* op, bool started) {
   if (!started) throw std::runtime_error(std::string(op) + ": a CUDA kernel didn't start: " + cuda::last_error());
+}
+
+// What the GPU kernels need of a vocabulary of n tokens.
+void check_gpu_sampling(const Checker& checker, const Sampling& sampling, int64_t n) {
+  if (!sampling.greedy() && n > cuda::kMaxSampledTokens)
+    checker.fail("the vocabulary has ", n, " tokens; on a GPU a temperature works with at most ",
+                 cuda::kMaxSampledTokens);
 }
 
 // What the GPU kernels need of a cache beyond what the CPU kernels need.
@@ -63,6 +75,9 @@ void check_gpu_cache(const Checker& checker, const char* name, const KvCache& ca
   if (cache.type == CacheType::q8) checker.fail(name, " is int8; on a GPU it must be float32 or bfloat16");
   if (reinterpret_cast<uintptr_t>(cache.data) % 16 != 0)
     checker.fail(name, " must begin at an address that is a multiple of 16 (fresh torch tensors do)");
+  if (const int64_t heads = cache.n_sequences * cache.n_kv_heads; heads > cuda::kMaxAttentionHeads)
+    checker.fail(name, " has ", cache.n_sequences, " sequences of ", cache.n_kv_heads, " heads, ", heads,
+                 " in all; on a GPU at most ", cuda::kMaxAttentionHeads);
   const int64_t bytes = cuda::attention_shared_bytes(cache.type, cache.head_dim);
   if (bytes > device.shared_bytes)
     checker.fail(name, " of this dtype with head_dim ", cache.head_dim, " needs ", bytes,
@@ -93,6 +108,7 @@ std::tuple<Tensor, Tensor> recycle_head(const Tensor& hidden, const std::optiona
   HeadParams params =
       check_head(checker, hidden, norm, eps, head, format, n_vocab, positions, temperature, top_k, top_p, seeds);
   const Device device = device_of(checker);
+  check_gpu_sampling(checker, params.sampling, params.head.n);
   const OnGpu on(checker.gpu);
   Tensor tokens = torch::stable::new_empty(hidden, {params.n_rows}, ScalarType::Long);
   Tensor log_probs = torch::stable::new_empty(hidden, {params.n_rows});
@@ -115,6 +131,7 @@ std::tuple<Tensor, Tensor> step(const char* op, const StepArguments& given, int6
       cuda::decode_scratch_bytes(model, state.batch, state.num_draft_tokens, state.sampling.greedy(), device));
   state.scratch = data<std::byte>(given.scratch);
   check_gpu_cache(checker, "base_cache", state.base_cache, device);
+  check_gpu_sampling(checker, state.sampling, model.base.head.n);
   if (state.num_draft_tokens > 0) {
     check_gpu_cache(checker, "module_cache", state.module_cache, device);
     if (state.module_cache.type != state.base_cache.type)

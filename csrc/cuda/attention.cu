@@ -259,6 +259,7 @@ class AttentionBlock {
       scores[lane] = first_weight;
       scores[lane + kWarp] = second_weight;
       const float sum = warp_sum(first_weight + second_weight);
+      __syncwarp();  // all threads have read max_: a shuffle orders no memory
       if (lane == 0) {
         correction_[query] = any_visible ? expf(old_max - new_max) : 1;
         max_[query] = new_max;

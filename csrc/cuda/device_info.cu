@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 
 namespace recycle::cuda {
 
@@ -32,11 +34,20 @@ bool describe(int index, Device* device) {
         cudaFuncGetAttributes(&kernel, probe) != cudaSuccess)
       return false;
     // Kernels compiled for an earlier architecture don't wait for their predecessor: they must not overlap it.
-    devices[index] = {multiprocessors, major >= 9 && kernel.ptxVersion >= 90, shared_bytes};
+    const char* wanted = std::getenv("RECYCLE_CUDA_OVERLAP");
+    const bool overlap = wanted == nullptr || std::strcmp(wanted, "0") != 0;
+    devices[index] = {multiprocessors, overlap && major >= 9 && kernel.ptxVersion >= 90, shared_bytes};
     known[index].store(true);
   }
   *device = devices[index];
   return true;
+}
+
+bool driver_is_new_enough(int* driver, int* runtime) {
+  *driver = *runtime = 0;
+  cudaDriverGetVersion(driver);  // 0 without a driver
+  cudaRuntimeGetVersion(runtime);
+  return *driver == 0 || *driver / 1000 >= *runtime / 1000;  // within a major version any driver serves
 }
 
 OnGpu::OnGpu(int index) {

@@ -7,7 +7,7 @@ namespace recycle::cuda {
 
 struct Device {
   int multiprocessors = 1;
-  bool overlap = false;              // programmatic dependent launch works (sm_90 and later)
+  bool overlap = false;  // programmatic dependent launch works (sm_90 and later), and RECYCLE_CUDA_OVERLAP is not 0
   int64_t shared_bytes = 48 * 1024;  // maximum of shared memory for a block
 };
 
@@ -25,6 +25,10 @@ class OnGpu {
  private:
   int before_ = -1;
 };
+
+// False if the driver is older than the CUDA runtime of this library, which then sees no GPU. Versions as CUDA counts
+// them: 1000 * major + 10 * minor.
+bool driver_is_new_enough(int* driver, int* runtime);
 
 // CUDA's message for the last call that failed.
 const char* last_error();

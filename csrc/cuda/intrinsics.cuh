@@ -77,21 +77,6 @@ RECYCLE_DEVICE void prefetch_line(const void* at) {
 #endif
 }
 
-// True in the last of `count` blocks that call this: the other blocks' earlier writes are visible there. All threads
-// call. The counter is 0 before the first call and after the last; `flag` is shared memory.
-RECYCLE_DEVICE bool is_last_block(unsigned* counter, unsigned count, unsigned* flag) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    const unsigned before = atomicAdd(counter, 1);
-    *flag = before == count - 1;
-    if (before == count - 1) *counter = 0;
-    __threadfence();
-  }
-  __syncthreads();
-  return *flag != 0;
-}
-
 // Starts kernel(params); false if CUDA refuses, last_error() then says why. overlap: programmatic dependent launch.
 template <class Params>
 bool launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int64_t shared_bytes, int64_t max_shared_bytes,
@@ -119,6 +104,21 @@ bool launch_kernel(void (*kernel)(Params), dim3 grid, int threads, int64_t share
 namespace recycle::cuda {
 
 inline constexpr int kWarp = 32;  // threads
+
+// True in the last of `count` blocks that call this: the other blocks' earlier writes are visible there. All threads
+// call. The counter is 0 before the first call and after the last; `flag` is shared memory.
+RECYCLE_DEVICE bool is_last_block(unsigned* counter, unsigned count, unsigned* flag) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    const bool is_last = atomicAdd(counter, 1) == count - 1;
+    __threadfence();
+    if (is_last) *counter = 0;
+    *flag = is_last;
+  }
+  __syncthreads();
+  return *flag != 0;
+}
 
 // Reductions over a warp, to all of its threads, as a butterfly: the order of additions is fixed.
 RECYCLE_DEVICE float warp_sum(float value) {

@@ -18,6 +18,11 @@ int64_t attention_scratch_bytes(const AttentionParams& params);
 // A sequence whose length is out of range gets NaN, and its cache is unchanged.
 bool attention_decode(const AttentionParams& params, const Device& device, void* stream);
 
+// Tokens of a vocabulary that can be sampled from: more would overflow the histograms of sampling.cu.
+inline constexpr int64_t kMaxSampledTokens = int64_t{1} << 18;
+// Sequences times key/value heads: blocks along y of attention's grid.
+inline constexpr int64_t kMaxAttentionHeads = 65535;
+
 int64_t head_scratch_bytes(const HeadParams& params, const Device& device);
 // A row with a nonfinite logit gets token -1 and log-probability NaN.
 bool recycle_head(const HeadParams& params, const Device& device, void* stream);

@@ -28,7 +28,7 @@ RECYCLE_DEVICE uint32_t sort_key(float value) {
 
 struct Shared {
   // Bits 0 to 13, 14 to 27 and the rest of masses, summed apart: 32 bits have native atomics, and hold the sums of
-  // 2^18 tokens.
+  // kMaxSampledTokens.
   unsigned bins[3][kBins];
   float warp_values[kWarps];
   Mass above;  // mass above the selected bin

@@ -53,6 +53,8 @@ RECYCLE_DEVICE void clear_module_input(const SelectParams& params, float* input)
   for (int64_t i = threadIdx.x; i < 2 * params.hidden; i += kThreads) input[i] = 0;
 }
 
+RECYCLE_DEVICE bool is_token(const SelectParams& params, int64_t id) { return id >= 0 && id < params.vocab; }
+
 // One block a row.
 __global__ void __launch_bounds__(kThreads, 1) begin_kernel(SelectParams params) {
   launch_dependents();
@@ -73,8 +75,9 @@ __global__ void __launch_bounds__(kThreads, 1) begin_kernel(SelectParams params)
     const int64_t module_length = params.module_lengths[sequence];
     fits = fits && module_length >= 0 && module_length <= length;
   }
-  for (int j = 0; j <= params.last_row; ++j) fits = fits && pending[j] >= 0 && pending[j] < params.vocab;
-  const bool is_used = !is_idle && fits && row_in_sequence <= params.last_row;
+  bool are_tokens = true;
+  for (int j = 0; j <= params.last_row; ++j) are_tokens = are_tokens && is_token(params, pending[j]);
+  const bool is_used = !is_idle && fits && are_tokens && row_in_sequence <= params.last_row;
   for (int64_t i = threadIdx.x; i < params.hidden; i += kThreads)
     buffers.x[row * params.hidden + i] = is_used ? embedding_at(params.embedding, pending[row_in_sequence], i) : 0;
   if (row == 0)
@@ -86,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 1) begin_kernel(SelectParams params)
   else if (row < params.batch)
     buffers.head_rows[row] = row * params.rows_per_sequence + params.last_row;
   if (row_in_sequence != 0) return;
-  params.counts[sequence] = is_idle ? 0 : fits ? 1 : kNoRoom;
+  params.counts[sequence] = is_idle ? 0 : !fits ? kNoRoom : !are_tokens ? kBadToken : 1;
   for (int j = 0; j < params.rows_per_sequence; ++j) {
     buffers.new_pending[row + j] = pending[j];
     params.tokens[row + j] = -1;
@@ -99,9 +102,16 @@ RECYCLE_DEVICE float random(const SelectParams& params, int sequence, int64_t po
   return uniform(static_cast<uint64_t>(params.seeds[sequence]), static_cast<uint64_t>(position), stream);
 }
 
-// Row of `token` in the module's head. The token is in the draft vocabulary, which is sorted.
-RECYCLE_DEVICE int64_t draft_index(const SelectParams& params, int64_t token) {
-  if (params.draft_vocab == nullptr) return token;
+// The token of a row of the module's head. No one has checked the ids of a draft vocabulary in a GPU's memory, so that
+// this may be no token, see is_token().
+RECYCLE_DEVICE int64_t draft_id(const SelectParams& params, int64_t row) {
+  return params.draft_vocab != nullptr ? params.draft_vocab[row] : row;
+}
+
+// The probability that a pending draft token was drawn with: 0 outside of the draft vocabulary, which ascends.
+// q: [draft vocabulary]
+RECYCLE_DEVICE float draft_prob(const SelectParams& params, const float* q, int64_t token) {
+  if (params.draft_vocab == nullptr) return q[token];
   int64_t low = 0, high = params.draft_vocab_size;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
@@ -110,7 +120,7 @@ RECYCLE_DEVICE int64_t draft_index(const SelectParams& params, int64_t token) {
     else
       high = middle;
   }
-  return low;
+  return low < params.draft_vocab_size && params.draft_vocab[low] == token ? q[low] : 0;
 }
 
 // Speculative sampling, see choice.h. length: the position of the sequence's first row.
@@ -121,15 +131,15 @@ RECYCLE_DEVICE Choice verify_sampled(const SelectParams& params, int sequence, i
   for (int j = 0; j < params.num_draft_tokens; ++j) {
     const int64_t token = pending[j + 1];
     const int64_t position = length + j + 1;
-    if (accepts_draft(random(params, sequence, position, Stream::accept), p[token], q[draft_index(params, token)])) {
+    if (accepts_draft(random(params, sequence, position, Stream::accept), p[token], draft_prob(params, q, token))) {
       p += params.vocab;
       q += params.draft_vocab_size;
       continue;
     }
     __syncthreads();  // all threads have read p[token]
     for (int64_t i = threadIdx.x; i < params.draft_vocab_size; i += kThreads) {
-      float& p_i = p[params.draft_vocab != nullptr ? params.draft_vocab[i] : i];
-      p_i = residual(p_i, q[i]);
+      const int64_t id = draft_id(params, i);
+      if (is_token(params, id)) p[id] = residual(p[id], q[i]);
     }
     __syncthreads();
     return {j, sample(p, params.vocab, random(params, sequence, position, Stream::resample))};
@@ -203,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_tokens_kernel(SelectParams
       buffers.new_pending[first_row] = choice.token;
       params.counts[sequence] = choice.accepted + 1;
     } else if (length >= 0) {
-      params.counts[sequence] = kNonFinite;
+      params.counts[sequence] = kNotFinite;
     }
     for (int j = 0; j < params.rows_per_sequence; ++j)
       buffers.positions[first_row + j] = is_confirmed(j) ? module_length + j : -1;
@@ -230,12 +240,18 @@ RECYCLE_DEVICE int64_t draft_token(const SelectParams& params, int sequence, int
   if (!params.is_sampled) return argmax(params.partial, sequence);
   if (params.buffers.module_finite[sequence] == 0) return -1;
   const int64_t n = params.draft_vocab_size;
-  const float* probs = params.buffers.module_probs + sequence * n;
-  if (params.draft_probs != nullptr) {
-    float* out = params.draft_probs + (int64_t{sequence} * params.num_draft_tokens + params.draft) * n;
-    for (int64_t i = threadIdx.x; i < n; i += kThreads) out[i] = probs[i];
-  }
+  const float* probs = params.buffers.module_probs + (int64_t{params.draft} * params.batch + sequence) * n;
   return sample(probs, n, random(params, sequence, length, Stream::draft));
+}
+
+// The distributions that the new draft tokens were drawn from. All threads call.
+RECYCLE_DEVICE void commit_probs(const SelectParams& params, int sequence) {
+  const int64_t n = params.draft_vocab_size;
+  for (int draft = 0; draft < params.num_draft_tokens; ++draft) {
+    const float* from = params.buffers.module_probs + (int64_t{draft} * params.batch + sequence) * n;
+    float* to = params.draft_probs + (int64_t{sequence} * params.num_draft_tokens + draft) * n;
+    for (int64_t i = threadIdx.x; i < n; i += kThreads) to[i] = from[i];
+  }
 }
 
 // One block a sequence.
@@ -250,14 +266,19 @@ __global__ void __launch_bounds__(kThreads, 1) select_draft_kernel(SelectParams 
   const int position = params.draft == 0 ? buffers.positions[row] : buffers.draft_positions[sequence];
   // Positions that the base model has read and the module has not.
   const int64_t skipped = params.lengths[sequence] - params.module_lengths[sequence];
-  bool is_used = params.counts[sequence] > 0;
+  int64_t count = params.counts[sequence];
   int64_t token = 0;
-  if (is_used) {
+  if (count > 0) {
     const int64_t index = draft_token(params, sequence, position + skipped + 2);
-    is_used = index >= 0;
-    if (is_used) token = params.draft_vocab != nullptr ? params.draft_vocab[index] : index;
+    if (index >= 0) token = draft_id(params, index);
+    if (index < 0)
+      count = kNotFinite;
+    else if (!is_token(params, token))
+      count = kBadToken;
   }
+  const bool is_used = count > 0;
   __syncthreads();
+  if (is_last && is_used && params.draft_probs != nullptr) commit_probs(params, sequence);
   if (!is_last) {
     float* input = buffers.module_input + sequence * 2 * params.hidden;
     if (is_used)
@@ -266,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_draft_kernel(SelectParams 
       clear_module_input(params, input);
   }
   if (threadIdx.x != 0) return;
-  if (!is_used && params.counts[sequence] > 0) params.counts[sequence] = kNonFinite;
+  params.counts[sequence] = count;
   buffers.new_pending[sequence * params.rows_per_sequence + params.draft + 1] = token;
   if (is_last) return commit(params, sequence);
   buffers.draft_positions[sequence] = is_used ? position + 1 : -1;
@@ -302,7 +323,7 @@ SelectParams select_params(const DecodeState& state, int prefill_sequence, const
   params.head_reads_every_row = state.mode == Mode::verify && prefill_sequence < 0;
   params.is_sampled = !state.sampling.greedy();
   params.seeds = state.sampling.seeds;
-  params.draft_probs = state.draft_probs;
+  params.draft_probs = params.is_sampled ? state.draft_probs : nullptr;
   if (!drafts) return params;
   params.embed_norm = module.embed_norm;
   params.hidden_norm = module.hidden_norm;

@@ -7,10 +7,6 @@
 
 namespace recycle::cuda {
 
-// In `counts`, for a sequence that failed: its state is as before the step.
-inline constexpr int64_t kNonFinite = -1;  // a logit was NaN or infinite
-inline constexpr int64_t kNoRoom = -2;     // one of its lengths or pending tokens is out of range
-
 // Scratch of a step. rows: batch * rows_per_sequence.
 struct SelectBuffers {
   float* x;               // [rows, hidden] the base model's residual stream
@@ -26,7 +22,7 @@ struct SelectBuffers {
   // Sampled steps only. probs hold logits first. finite: 0 for a row with a nonfinite logit.
   float* base_probs;    // [rows of the base model's head, vocabulary]
   int* base_finite;     // [rows of the base model's head]
-  float* module_probs;  // [batch, draft vocabulary]
+  float* module_probs;  // [num_draft_tokens, batch, draft vocabulary]
   int* module_finite;   // [batch]
 };
 

@@ -58,7 +58,7 @@ struct Scratch {
     if (greedy) return;
     select.base_probs = arena.take<float>(rows * model.base.head.n);
     select.base_finite = arena.take<int>(rows);
-    select.module_probs = arena.take<float>(drafts ? batch * model.module.head.n : 0);
+    select.module_probs = arena.take<float>(drafts ? num_draft_tokens * batch * model.module.head.n : 0);
     select.module_finite = arena.take<int>(batch);
   }
 };
@@ -89,8 +89,10 @@ class Step {
       linear(launcher_, drafter.input_proj, drafter.input_bias, {buffers.module_input, nullptr, pass.n_rows()}, false,
              buffers.module_x);
       run_layers(drafter.stack, state_.module_cache, pass, buffers.module_x);
+      float* probs = buffers.module_probs;
+      if (!state_.sampling.greedy()) probs += draft * rows.batch * drafter.head.n;
       run_head(drafter.head, {buffers.module_x, buffers.draft_rows, rows.batch, drafter.output_norm, drafter.stack.eps},
-               scratch_.module_partial, buffers.module_probs, buffers.module_finite);
+               scratch_.module_partial, probs, buffers.module_finite);
       select_draft(launcher_, select, scratch_.module_partial, draft);
     }
     return launcher_.ok();

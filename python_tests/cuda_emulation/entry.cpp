@@ -1,4 +1,5 @@
 // The C functions of the emulation library (library.py). All "GPU memory" is the memory of the process.
+#include "emulator.h"
 #include "ops.h"
 #include "recycle/decode_step.h"
 #include "recycle/model.h"
@@ -35,7 +36,8 @@ struct EmulatedState {
 // -1: the plan is wrong.
 int64_t emulated_scratch_bytes(const EmulatedState* given) {
   recycle::Model model;
-  if (recycle::read_plan(given->plan, given->plan_length, given->weights, given->weights_bytes, &model) != nullptr)
+  if (recycle::read_plan(given->plan, given->plan_length, given->weights, given->weights_bytes, &model, false) !=
+      nullptr)
     return -1;
   return recycle::cuda::decode_scratch_bytes(model, given->batch, given->num_draft_tokens, given->temperature == 0,
                                              kDevice);
@@ -45,7 +47,8 @@ int64_t emulated_scratch_bytes(const EmulatedState* given) {
 const char* emulated_decode_step(const EmulatedState* given, int64_t prefill_sequence, int64_t* tokens,
                                  int64_t* counts) {
   recycle::Model model;
-  const char* wrong = recycle::read_plan(given->plan, given->plan_length, given->weights, given->weights_bytes, &model);
+  const char* wrong =
+      recycle::read_plan(given->plan, given->plan_length, given->weights, given->weights_bytes, &model, false);
   if (wrong != nullptr) return wrong;
   const auto cache = [&](std::byte* data, int64_t capacity, const recycle::Stack& stack) {
     return recycle::KvCache{data,         static_cast<recycle::CacheType>(given->cache_type),
@@ -68,6 +71,7 @@ const char* emulated_decode_step(const EmulatedState* given, int64_t prefill_seq
   const bool started = prefill_sequence < 0
                            ? recycle::cuda::decode_step(state, tokens, counts, kDevice, nullptr)
                            : recycle::cuda::finish_prefill(state, prefill_sequence, tokens, counts, kDevice, nullptr);
+  recycle::cuda::emulator::synchronize();
   return started ? nullptr : "a kernel was not launched";
 }
 

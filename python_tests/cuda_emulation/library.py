@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import torch
+from cuda_emulation.builds import VALUES, link, objects
+from cuda_emulation.cases import CACHE_TYPES
 
 from recycle_ext.decoding.decoder import MODES, Decoder
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-CUDA = ROOT / "csrc" / "cuda"
-SOURCES = [
-    *sorted(set(CUDA.glob("*.cu")) - {CUDA / "device_info.cu"}),
-    ROOT / "csrc" / "common" / "plan.cpp",
-    Path(__file__).with_name("entry.cpp"),
-]
-FLAGS = "-std=c++20 -O2 -fPIC -shared -ffp-contract=off -U_FORTIFY_SOURCE -Wno-unknown-pragmas"
-COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-
 
 def build_library(folder: Path) -> ctypes.CDLL:
-    """Compiles the kernels into a shared library in `folder`, and loads it."""
-    out = folder / "emulation.so"
-    command = [COMPILER, *FLAGS.split(), "-DRECYCLE_EMULATE_CUDA"]
-    command += [f"-I{path}" for path in (ROOT / "csrc" / "include", CUDA, Path(__file__).parent)]
-    for source in SOURCES:
-        command += ["-x", "c++", str(source)]
-    subprocess.run([*command, "-o", str(out)], check=True)
-    library = ctypes.CDLL(str(out))
+    """Links the kernels to a shared library in `folder`, and loads it."""
+    parts = objects((VALUES,), "entry.cpp")[VALUES.name]
+    library = ctypes.CDLL(str(link(VALUES, parts, folder / "emulation.so", shared=True)))
     library.emulated_scratch_bytes.restype = ctypes.c_int64
     library.emulated_decode_step.restype = ctypes.c_char_p
     return library

@@ -22,9 +22,10 @@ from recycle_ext.command_line import INTERRUPTED, exit_status, names, numbers
 from recycle_ext.decoding.decoder import AUTO, MODES
 from recycle_ext.decoding.kv_cache import CACHE_DTYPES
 from recycle_ext.errors import RecycleError
+from recycle_ext.files import write_whole
 from recycle_ext.generate.options import number_of_drafts
 from recycle_ext.measuring.extras import require
-from recycle_ext.measuring.plots import check_plot
+from recycle_ext.measuring.plots import check_outputs
 
 _DTYPES = ("native", *DTYPES)
 
@@ -122,11 +123,7 @@ def check_request(options: argparse.Namespace) -> Request:
     for flag, found in (("--modes", modes), ("--dtypes", dtypes)):
         if not found:
             raise RecycleError(f"{flag} is empty")
-    for flag, file in (("--json", options.json), ("--plot", options.plot)):
-        if file is not None and not Path(file).absolute().parent.is_dir():
-            raise RecycleError(f"{flag} {file}: there is no directory {Path(file).parent}")
-    if options.plot is not None:
-        check_plot(options.plot)
+    check_outputs(options.json, options.plot, {"machine", "settings", "results"})
     return Request(
         dtypes=dtypes,
         modes=modes,
@@ -203,18 +200,14 @@ def show(results: dict, options: argparse.Namespace) -> None:
     if options.phases:
         print(f"\n{phase_tables(results)}", flush=True)
     if options.json is not None:
-        try:
-            Path(options.json).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-        except OSError as error:
-            raise RecycleError(f"--json {options.json}: {error.strerror}") from None
+        write_whole(options.json, json.dumps(results, indent=2) + "\n")
     if options.plot is not None:
         plot(results["results"], heading(results), options.plot)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    options = parse_arguments(arguments)
-    return exit_status(lambda: run(options))
+    return exit_status(lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """python -m recycle_ext.bench --device cuda --report DIR: everything that needs a GPU, in one command without a network.
 
-First the tests on the GPU; then interleaved runs of models of known shapes with random weights, recycle_ext in all modes
-beside PyTorch eager, torch.compile and transformers; then small tests under compute-sanitizer. DIR gets tests.txt, gpu.json,
-gpu.md, gpu.png, memcheck.txt and racecheck.txt, each as soon as its figures exist.
+First the tests on the GPU, from what is simplest to what is fastest (CHECKS): kernels one after the other without a graph;
+small ones of these tests under compute-sanitizer; with graphs; with kernels that overlap. Then interleaved runs of models of
+known shapes with random weights, recycle_ext in all modes beside PyTorch eager, torch.compile and transformers. DIR gets a
+.txt of each check, gpu.json, gpu.md and gpu.png, each as soon as it exists.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from recycle_ext.bench.runners import OURS
 from recycle_ext.decoding.cuda_graph import GraphedStep
 from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.errors import RecycleError
+from recycle_ext.files import check_output, has_keys, make_directory, write_whole
 from recycle_ext.measuring.bandwidth import read_bandwidth
 from recycle_ext.measuring.extras import is_installed
 from recycle_ext.measuring.interleave import rounds
@@ -39,8 +41,12 @@ CONTEXT = 128  # tokens in the cache before a step is timed
 STEPS = 64  # of a measurement
 ROUNDS = 7
 PROMPT = 512  # tokens of the prefill that is timed
-# Small tests that capture no graph: each tensor then has an allocation of its own, whose ends the sanitizer knows.
+# Small tests, and what they leave out of a step (decoding/cuda_graph.py, csrc/cuda/device_info.cu).
 SANITIZED = "attention_is_as_exact or head_takes or head_draws or without_a_graph"
+_NO_OVERLAP = {"RECYCLE_CUDA_OVERLAP": "0"}
+_NO_GRAPH = _NO_OVERLAP | {"RECYCLE_CUDA_GRAPH": "0"}
+# Seconds. The first kernel of a process loads all of them, which takes minutes under a sanitizer.
+TESTS_LIMIT, SANITIZER_LIMIT = 600, 900
 TESTS = ("test_gpu.py", "test_cuda_ops.py")
 _COLUMNS = (
     "model",
@@ -86,31 +92,44 @@ def run(device_name: str, directory: str) -> int:
     if device.type != "cuda":
         raise RecycleError(f"--report needs a GPU: --device is {device_name}")
     out = Path(directory)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecycleError(f"--report {directory}: {error.strerror}") from None
+    check_folder(out)
+    make_directory(out)
     torch.cuda.set_device(device)
     report = {
         "machine": gpu_machine(device),
-        "checks": {"tests": run_tests(out)},
+        "checks": {},
         "settings": {"context": CONTEXT, "steps": STEPS, "rounds": ROUNDS, "prompt": PROMPT},
         "results": [],
     }
+    write_json(report, out)
+    report["checks"] = run_checks(out)
     for shape in SHAPES:
         report["results"] += measure(shape, device)
         write(report, out)
-    report["checks"]["compute-sanitizer"] = run_sanitizer(out)
-    write(report, out)
     print(Path(out, "gpu.md").read_text("utf-8"))
     return int(any("failed" in status for status in report["checks"].values()))
+
+
+def check_folder(out: Path) -> None:
+    """Raises RecycleError where a file of the report would replace one that no earlier report made."""
+    if (out / "gpu.json").exists():
+        check_output("--report", out / "gpu.json", lambda content: has_keys(content, {"machine", "checks", "results"}))
+        return
+    names = [out / "gpu.md", out / "gpu.png", *(log_of(check, out) for check in CHECKS)]
+    if found := [path.name for path in names if path.exists()]:
+        raise RecycleError(f"--report {out}: {found[0]} is there already, without a gpu.json; give another directory")
+
+
+def write_json(report: dict, out: Path) -> None:
+    """Writes gpu.json, which shows that the folder is a report's."""
+    write_whole(out / "gpu.json", json.dumps(report, indent=2) + "\n")
 
 
 def write(report: dict, out: Path) -> None:
     """Writes gpu.json, gpu.md and gpu.png with the results so far."""
     results = report["results"]
-    Path(out, "gpu.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-    Path(out, "gpu.md").write_text(f"{heading(report)}\n\n{table(results)}\n", "utf-8")
+    write_json(report, out)
+    write_whole(out / "gpu.md", f"{heading(report)}\n\n{table(results)}\n")
     if is_installed("matplotlib"):
         plot(bars(results), heading(report), str(out / "gpu.png"), group="shape")
 
@@ -118,38 +137,65 @@ def write(report: dict, out: Path) -> None:
 # ---- checks ---------------------------------------------------------------------------------------------
 
 
-def run_tests(out: Path) -> str:
-    """Runs the tests that need a GPU; returns "passed", "failed" or why they were not run."""
-    folder = Path("python_tests")
-    if not folder.is_dir():
-        return "not run: there is no folder python_tests; start the command in a clone"
-    command = [sys.executable, "-m", "pytest", "-q", *(str(folder / name) for name in TESTS)]
-    return _logged(command, out / "tests.txt")
+def run_checks(out: Path) -> dict[str, str]:
+    """Runs CHECKS in their order; returns "passed", "failed" or why it was not run, by the name of the check.
 
-
-def run_sanitizer(out: Path) -> str:
-    """Runs the small tests under memcheck and racecheck; returns as run_tests() does."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if tool is None:
-        return "not run: compute-sanitizer was not found"
+    A check that fails does not end the list: what fails in the simplest of them is where to look.
+    """
     if not Path("python_tests").is_dir():
-        return "not run: there is no folder python_tests; start the command in a clone"
-    tests = [sys.executable, "-m", "pytest", "-q", "-k", SANITIZED, "python_tests/test_gpu.py"]
-    # Kernels of recycle_ext alone, and no API errors: torch makes CUDA calls that it expects to fail.
-    flags = ["--kernel-regex", "kns=recycle", "--report-api-errors", "no", "--error-exitcode", "9"]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    statuses = {
-        kind: _logged([tool, "--tool", kind, *flags, *tests], out / f"{kind}.txt", 150, environment)
-        for kind in ("memcheck", "racecheck")
-    }
-    return ", ".join(f"{kind} {status}" for kind, status in statuses.items())
+        return {"tests": "not run: there is no folder python_tests; start the command in a clone"}
+    return {name: check(log_of(name, out)) for name, check in CHECKS.items()}
 
 
-def _logged(command: list[str], log: Path, seconds: int = 240, environment: dict | None = None) -> str:
+def log_of(check: str, out: Path) -> Path:
+    """Where the output of a check goes."""
+    return out / f"{check.replace(' ', '_')}.txt"
+
+
+def _tests(environment: dict[str, str]) -> Callable[[Path], str]:
+    """All tests that need a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", *(f"python_tests/{name}" for name in TESTS)]
+    return lambda log: _logged(command, log, TESTS_LIMIT, environment)
+
+
+def _sanitizer(tool: str) -> Callable[[Path], str]:
+    """Small tests under a tool of compute-sanitizer."""
+
+    def check(log: Path) -> str:
+        program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        if program is None:
+            return "not run: compute-sanitizer was not found"
+        # Kernels of recycle_ext alone, and no API errors: torch makes CUDA calls that it expects to fail.
+        flags = ["--kernel-regex", "kns=recycle", "--report-api-errors", "no", "--error-exitcode", "9"]
+        tests = [sys.executable, "-m", "pytest", "-q", "-k", SANITIZED, "python_tests/test_gpu.py"]
+        # Each tensor has an allocation of its own, whose ends the sanitizer knows.
+        environment = _NO_GRAPH | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return _logged([program, "--tool", tool, *flags, *tests], log, SANITIZER_LIMIT, environment)
+
+    return check
+
+
+CHECKS = {
+    "tests without graph and overlap": _tests(_NO_GRAPH),
+    "memcheck": _sanitizer("memcheck"),
+    "synccheck": _sanitizer("synccheck"),
+    "racecheck": _sanitizer("racecheck"),
+    "tests with graph": _tests(_NO_OVERLAP),
+    "tests with graph and overlap": _tests({}),
+}
+
+
+def _logged(command: list[str], log: Path, seconds: int, environment: dict[str, str]) -> str:
+    """Runs a command with its output in `log`; environment: in addition to this process's."""
     with open(log, "w") as file:
         try:
             done = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False, env=environment
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+                check=False,
+                env=os.environ | environment,
             )
         except subprocess.TimeoutExpired:
             return f"failed: more than {seconds} s"

@@ -20,6 +20,7 @@ from recycle_ext.bench.report import mode_label
 from recycle_ext.bench.runners import OURS
 from recycle_ext.command_line import exit_status
 from recycle_ext.errors import RecycleError
+from recycle_ext.files import check_output, write_whole
 from recycle_ext.measuring.extras import require
 from recycle_ext.measuring.machine import plural
 from recycle_ext.measuring.tables import markdown_table, percent
@@ -251,6 +252,13 @@ def with_table(readme: str, table: str) -> str:
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
+def _read(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecycleError(f"--readme {file}: cannot be read: {error}") from None
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, described by --help."""
     parser = argparse.ArgumentParser(
@@ -270,19 +278,19 @@ def run(options: argparse.Namespace) -> int:
     folder = options.folder
     if not folder.is_dir():
         raise RecycleError(f"{folder}: no such directory")
-    texts = {options.output or folder.with_suffix(".md"): page(folder)}
+    output = options.output or folder.with_suffix(".md")
+    check_output("--output", output, lambda content: content.startswith(_GENERATED.partition("{")[0].encode()))
+    texts = {output: page(folder)}
     if options.readme is not None:
-        readme = options.readme.read_text("utf-8")
-        texts[options.readme] = with_table(readme, readme_table(folder))
+        texts[options.readme] = with_table(_read(options.readme), readme_table(folder))
     for file, text in texts.items():
-        file.write_text(text, "utf-8")
+        write_whole(file, text)
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    options = parse_arguments(arguments)
-    return exit_status(lambda: run(options))
+    return exit_status(lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

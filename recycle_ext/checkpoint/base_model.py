@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from recycle_ext import arguments
+from recycle_ext.arguments import shown
 from recycle_ext.checkpoint import gguf, hub, huggingface
 from recycle_ext.checkpoint.architectures import BY_NAME
-from recycle_ext.checkpoint.config import ModelConfig
+from recycle_ext.checkpoint.config import ModelConfig, check_numbers
 from recycle_ext.checkpoint.default_model import default_model_path
 from recycle_ext.checkpoint.gguf_header import GgufHeader
+from recycle_ext.checkpoint.not_a_model import check_directory
 from recycle_ext.checkpoint.shapes import base_shapes, check_layers, check_tensors
 from recycle_ext.checkpoint.tensor_source import TensorSource
 from recycle_ext.errors import RecycleError
-from recycle_ext.text import tokenizer
+from recycle_ext.text.gguf_vocabulary import from_gguf
 from recycle_ext.text.tokenizer import Tokenizer
 
 _SIZES = ["vocab_size", "hidden_size", "intermediate_size", "n_layers", "n_heads", "n_kv_heads", "head_dim"]
@@ -35,6 +37,11 @@ class Checkpoint:
     config: ModelConfig
     path: str
     tensors: dict[str, TensorSource]
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether this is a GGUF file, whatever its name; else it is a Hugging Face directory."""
+        return not Path(self.path).is_dir()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -60,10 +67,10 @@ class Checkpoint:
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, built on first use. Raises RecycleError where it is missing or not supported."""
         path, config = Path(self.path), self.config
-        if path.is_dir():
+        if not self.is_gguf:
             return huggingface.read_tokenizer(path, config)
         # The header is read again: keeping it would keep the vocabulary in memory for every checkpoint.
-        return tokenizer.from_gguf(GgufHeader(path), config.vocab_size, config.eos_token_ids)
+        return from_gguf(GgufHeader(path), config.vocab_size, config.eos_token_ids)
 
     def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         """Every tensor in memory, for ``reference.BaseModel.load_state_dict``."""
@@ -73,16 +80,17 @@ class Checkpoint:
 def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
     """Opens a base model and checks the names and shapes of its tensors; no weight is read yet.
 
-    model: a .gguf file, a Hugging Face directory, a hub id ("org/name"), or None for the default model, which is
+    model: a GGUF file, a Hugging Face directory, a hub id ("org/name"), or None for the default model, which is
     fetched once. Raises RecycleError for a model that cannot be opened or is not supported.
     """
     if model is None:
         path, name = default_model_path(), None
     else:
-        path, name = local_path(str(model))
+        path, name = local_path(arguments.path("model", model))
     if path.is_dir():
+        check_directory(path)
         config = huggingface.read_config(path / "config.json", name or path.resolve().name)
-        tensors = huggingface.read_tensors(path, config)
+        config, tensors = huggingface.resolve_tied_head(config, huggingface.read_tensors(path, config))
     else:
         header = GgufHeader(path)
         config = gguf.read_config(header)
@@ -99,9 +107,12 @@ def open_checkpoint(model: str | Path | None = None) -> Checkpoint:
 def local_path(model: str) -> tuple[Path, str | None]:
     """The model's path on this machine, and its hub id if it came from the hub."""
     path = Path(model)
-    if path.exists():
-        return path, None
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) and path.suffix not in (".gguf", ".safetensors"):
+    try:
+        if path.exists():
+            return path, None
+    except OSError as error:
+        raise RecycleError(f"{shown(model)}: cannot be read: {error.strerror}") from None
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) and path.suffix.lower() not in (".gguf", ".safetensors"):
         return hub.download(model), model
     raise RecycleError(
         f"{model}: no such file or directory; a model is a .gguf file, a Hugging Face directory or "
@@ -119,5 +130,4 @@ def _check_sizes(config: ModelConfig, path: Path) -> None:
         raise RecycleError(f"{path}: {config.n_heads} heads cannot share {config.n_kv_heads} key and value heads")
     if config.head_dim % 2:
         raise RecycleError(f"{path}: head_dim is {config.head_dim}; RoPE needs it to be even")
-    if not 0 < config.rope_theta < math.inf:
-        raise RecycleError(f"{path}: rope_theta is {config.rope_theta}; it must be positive")
+    check_numbers(config, str(path))

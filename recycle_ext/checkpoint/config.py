@@ -11,6 +11,8 @@ import torch
 
 from recycle_ext.errors import RecycleError
 
+_MAX_FLOAT32 = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -26,8 +28,8 @@ class RopeScaling:
         """From the parsed keys of a config.json. ``where``: how an error names them."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in names:
-            if not isinstance(value := values.get(name), (int, float)) or value <= 0:
-                raise RecycleError(f"{where}: {name} is {value!r}; it must be a positive number")
+            if not isinstance(value := values.get(name), (int, float)) or not 0 < value <= _MAX_FLOAT32:
+                raise RecycleError(f"{where}: {name} is {value!r}; it must be a positive number, which float32 holds")
         *factors, length = (values[name] for name in names)
         return cls(*map(float, factors), int(length))
 
@@ -73,6 +75,16 @@ class StackConfig:
         return rope_inv_freq(self.head_dim, self.rope_theta, self.rope_scaling)
 
 
+def check_numbers(config: StackConfig, file: str) -> None:
+    """Raises RecycleError for a base of RoPE or an eps that float32 cannot hold."""
+    if not 0 < config.rope_theta <= _MAX_FLOAT32:
+        raise RecycleError(f"{file}: rope_theta is {config.rope_theta}; it must be positive, and float32 must hold it")
+    if not 0 <= config.rms_norm_eps <= _MAX_FLOAT32:
+        raise RecycleError(
+            f"{file}: rms_norm_eps is {config.rms_norm_eps}; it must be 0 or more, and float32 must hold it"
+        )
+
+
 @dataclass(frozen=True)
 class ModelConfig(StackConfig):
     """A Llama-family base model."""
@@ -81,7 +93,7 @@ class ModelConfig(StackConfig):
     max_position_embeddings: int  # at most the sliding window, where the model has one
     tie_word_embeddings: bool
     bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]  # of a directory, without those of the tokenizer: Tokenizer.eos_token_ids has all
     name: str
     # Divisors of inv_freq that a GGUF file brings in place of the rule (rope_freqs.weight).
     rope_freq_factors: tuple[float, ...] | None = None

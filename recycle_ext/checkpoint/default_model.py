@@ -27,14 +27,20 @@ GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
+_SCRATCH = ".recycle_ext-fetch-"  # RECYCLE_CACHE may name a directory with other files
 _WAY_OUT = "set RECYCLE_CACHE to another directory, or give a model of your own with --model"
 
 
 def cache_directory() -> Path:
-    """$RECYCLE_CACHE, or recycle_ext in the user's cache directory."""
+    """$RECYCLE_CACHE, or recycle_ext in the user's cache directory. Raises RecycleError where the user has no home."""
     if given := os.environ.get("RECYCLE_CACHE"):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recycle_ext"
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "recycle_ext"
+    try:
+        return Path.home() / ".cache" / "recycle_ext"
+    except RuntimeError:
+        raise RecycleError(f"there is no home directory to store the default model in; {_WAY_OUT}") from None
 
 
 def default_model_path(progress: bool = True) -> Path:
@@ -44,16 +50,16 @@ def default_model_path(progress: bool = True) -> Path:
     is reported on standard error. Raises RecycleError where the model cannot be fetched or stored.
     """
     cache = cache_directory()
-    if (found := _in_cache(cache)) is not None:
-        return found
     try:
+        if (found := _in_cache(cache)) is not None:
+            return found
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / "fetch.lock"):
             # Another process may have fetched the model while this process waited for the lock.
             return _in_cache(cache) or _fetch(cache, progress)
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the second: a file system without locks
         raise RecycleError(
-            f"{cache}: the default model cannot be stored: {error.strerror or error}; {_WAY_OUT}"
+            f"{cache}: the default model cannot be stored: {getattr(error, 'strerror', None) or error}; {_WAY_OUT}"
         ) from None
 
 
@@ -66,10 +72,10 @@ def _in_cache(cache: Path) -> Path | None:
 
 def _fetch(cache: Path, progress: bool) -> Path:
     """Fetches into a scratch directory and moves the verified model into place in one step."""
-    for leftover in cache.glob("fetch-*"):
+    for leftover in cache.glob(f"{_SCRATCH}*"):
         # An interrupted run left the directory: no other process has the lock.
         shutil.rmtree(leftover, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix="fetch-", dir=cache))
+    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=cache))
     try:
         if importlib.util.find_spec("pip") is None:
             target = cache / Path(HUB_ID).name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from recycle_ext.checkpoint.config import ModelConfig
 from recycle_ext.checkpoint.gguf_header import GgufHeader, StoredTensor
 from recycle_ext.checkpoint.tensor_source import BLOCKS, FLOAT_DTYPES, TensorSource
 from recycle_ext.errors import RecycleError
+from recycle_ext.text.end_tokens import end_tokens
 
 # Types that keep their format; all others are dequantized on reading.
 _KEPT_TYPES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 8: "q8_0", 30: "bf16"}
@@ -32,13 +34,14 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Tokens that end a turn of chat; many files do not name theirs.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+# Tokens that end a text, by their names in metadata; "fim" tokens end a completion of code.
+_END_NAMES = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 
 def read_config(header: GgufHeader) -> ModelConfig:
     """The model's config. Raises RecycleError, which names the key, for a value that is not supported."""
     file, get = header.file, header.get
+    _check_kind(header)
     arch = get("general.architecture", str)
     if arch not in BY_GGUF_NAME:
         raise RecycleError(
@@ -46,13 +49,8 @@ def read_config(header: GgufHeader) -> ModelConfig:
             f"{', '.join(sorted(BY_GGUF_NAME))} are (a Mistral file says llama)"
         )
     architecture = BY_GGUF_NAME[arch]
-    if get("split.count", int, 1) > 1:
-        raise RecycleError(f"{file}: one part of a split model; join the parts to one file first")
     if get(f"{arch}.expert_count", int, 0):
         raise RecycleError(f"{file}: mixture-of-experts models are not supported")
-    scaling = get(f"{arch}.rope.scaling.type", str, "none")
-    if scaling != "none":
-        raise RecycleError(f"{file}: RoPE scaling {scaling!r} is not supported; Llama 3's is")
     hidden_size = get(f"{arch}.embedding_length", int)
     n_heads = get(f"{arch}.attention.head_count", int)
     if hidden_size < 1 or n_heads < 1:
@@ -77,7 +75,7 @@ def read_config(header: GgufHeader) -> ModelConfig:
         rms_norm_eps=get(f"{arch}.attention.layer_norm_rms_epsilon", float),
         rope_theta=get(f"{arch}.rope.freq_base", float, 10000.0),
         rope_scaling=None,
-        rope_freq_factors=_rope_freq_factors(header, head_dim),
+        rope_freq_factors=_rope_freq_factors(header, arch, head_dim),
         max_position_embeddings=min(context, get(f"{arch}.attention.sliding_window", int, 0) or context),
         tie_word_embeddings="output.weight" not in header.tensors,
         qkv_bias=architecture.qkv_bias,
@@ -87,6 +85,31 @@ def read_config(header: GgufHeader) -> ModelConfig:
         # general.name is often the training run's, not the model's.
         name=file.stem,
     )
+
+
+def _check_kind(header: GgufHeader) -> None:
+    """Raises RecycleError, with the remedy, for a GGUF file that is no whole language model."""
+    get = header.get
+    kind, arch = get("general.type", str, "model"), get("general.architecture", str, "")
+    if get("split.count", int, 1) > 1:
+        reason = (
+            f"part {get('split.no', int, 0) + 1} of {get('split.count', int)} of a split model; "
+            "join the parts first (llama-gguf-split --merge PART1 FILE, which llama.cpp brings)"
+        )
+    elif kind == "adapter" or "adapter.type" in header.metadata:
+        reason = (
+            "a LoRA adapter, not a model; merge it into its base first "
+            "(llama-export-lora -m BASE --lora ADAPTER -o FILE, which llama.cpp brings)"
+        )
+    elif kind == "mmproj" or arch == "clip":
+        reason = "the image and sound part of a model (mmproj); give the file of its language model"
+    elif kind == "imatrix" or arch == "controlvector":
+        reason = f"{'an importance matrix' if kind == 'imatrix' else 'a control vector'}, not a model; give the model"
+    elif not header.tensors:
+        reason = "a vocabulary without a model; give the file that has the tensors too"
+    else:
+        return
+    raise RecycleError(f"{header.file}: {reason}")
 
 
 def read_tensors(header: GgufHeader, config: ModelConfig) -> dict[str, TensorSource]:
@@ -109,25 +132,43 @@ def read_tensors(header: GgufHeader, config: ModelConfig) -> dict[str, TensorSou
     return sources
 
 
-def _rope_freq_factors(header: GgufHeader, head_dim: int) -> tuple[float, ...] | None:
+def _rope_freq_factors(header: GgufHeader, arch: str, head_dim: int) -> tuple[float, ...] | None:
+    """Divisors of the frequencies of RoPE: the tensor's, times the factor of linear scaling. None: all are 1."""
+    factor = _linear_rope_factor(header, arch)
     name = "rope_freqs.weight"
     stored = header.tensors.get(name)
     if stored is None:
-        return None
+        return None if factor == 1 else (factor,) * (head_dim // 2)
     source = _tensor(header.file, name, name, stored)
     if source.shape != (head_dim // 2,) or source.format != "f32":
         raise RecycleError(
             f"{header.file}: tensor {name} is {source.format} {list(source.shape)}; it must be f32 {[head_dim // 2]}"
         )
-    return tuple(source.to().tolist())
+    return tuple((source.to() * factor).tolist())
+
+
+def _linear_rope_factor(header: GgufHeader, arch: str) -> float:
+    """How much RoPE's positions are stretched. As in llama.cpp, a factor without a type is linear scaling's.
+
+    Raises RecycleError for other kinds of scaling, and for scaling of the attention.
+    """
+    get, keys = header.get, f"{arch}.rope.scaling"
+    kind = get(f"{keys}.type", str, "linear")
+    if kind not in ("none", "linear"):
+        raise RecycleError(f"{header.file}: RoPE scaling {kind!r} is not supported; Llama 3's and linear scaling are")
+    if (attention := get(f"{keys}.attn_factor", float, 1.0)) != 1:
+        raise RecycleError(f"{header.file}: {keys}.attn_factor is {attention}; only 1 is supported")
+    factor = get(f"{keys}.factor", float, get(f"{arch}.rope.scale_linear", float, 0.0)) or 1.0
+    if not 0 < factor < math.inf:
+        raise RecycleError(f"{header.file}: {keys}.factor is {factor}; it must be positive")
+    return 1.0 if kind == "none" else factor
 
 
 def _eos_token_ids(header: GgufHeader) -> tuple[int, ...]:
-    ids = [header.token_id("eos"), header.token_id("eot")]
     key = "tokenizer.ggml.tokens"
     tokens = header.strings(key) if key in header.metadata else []
-    ids += [tokens.index(text) for text in _TURN_ENDS if text in tokens]
-    return tuple(dict.fromkeys(i for i in ids if i is not None))
+    ids = {text: index for index, text in enumerate(tokens)}
+    return end_tokens(map(header.token_id, _END_NAMES), ids.get, len(tokens))
 
 
 def _tensor(

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import mmap
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from recycle_ext.errors import RecycleError
+from recycle_ext.checkpoint.not_a_model import kind_of_file
+from recycle_ext.errors import RecycleError, RecycleWarning
 
 # Value types of the header as struct and numpy spell them.
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
+# SentencePiece's own ids, which llama.cpp assumes where a file does not name the tokens.
+_SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
+_NO_TOKEN = (-1, 2**32 - 1)  # written where a model has no such token
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,8 @@ class GgufHeader:
         self.tensors: dict[str, StoredTensor] = {}
         try:
             with open(file, "rb") as stream:
-                if stream.read(4) != b"GGUF":
-                    raise RecycleError(f"{file}: not a GGUF file (it does not start with GGUF)")
+                if not (start := stream.read(64)).startswith(b"GGUF"):
+                    raise RecycleError(f"{file}: not a GGUF file; {kind_of_file(file, start)}")
                 with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     self._data, self._position = data, 4
                     self._read()
@@ -69,37 +74,58 @@ class GgufHeader:
         return value
 
     def strings(self, key: str) -> list[str]:
-        """An array of strings."""
+        """An array of strings; bytes that are not UTF-8 are lone surrogates, as surrogateescape makes them."""
         value = self.metadata.get(key)
         if not isinstance(value, list):
             raise RecycleError(f"{self.file}: metadata {key} is missing or no array of strings")
         return value
 
-    def numbers(self, key: str, count: int) -> list[Any]:
-        """An array of ``count`` numbers."""
+    def numbers(self, key: str, count: int, default: float) -> list[Any]:
+        """The first ``count`` numbers of an array; all are ``default`` where the file has no such array."""
         value = self.metadata.get(key)
-        if not isinstance(value, np.ndarray) or len(value) != count:
-            given = f"has {len(value)}" if isinstance(value, (np.ndarray, list)) else "is missing"
+        if value is None:
+            return [default] * count
+        if not isinstance(value, np.ndarray) or len(value) < count:
+            given = f"has {len(value)} values" if isinstance(value, (np.ndarray, list)) else f"is {value!r}"
             raise RecycleError(f"{self.file}: metadata {key} {given}; {count} numbers are needed")
-        return value.tolist()
+        return value[:count].tolist()
 
     def token_id(self, name: str) -> int | None:
-        """Id of a special token ("bos", "eos", ...); None: the file does not name the token."""
-        key = f"tokenizer.ggml.{name}_token_id"
-        if key not in self.metadata:
-            return None
-        token_id, count = self.get(key, int), len(self.strings("tokenizer.ggml.tokens"))
-        if not 0 <= token_id < count:
-            raise RecycleError(f"{self.file}: metadata {key} is {token_id}, of {count} tokens")
-        return token_id
+        """Id of a special token ("bos", "eos", ...), or None.
+
+        A file that names no token, or one outside the vocabulary, which is warned of, has the token that llama.cpp
+        assumes: SentencePiece's, if its tokenizer is "llama", else none.
+        """
+        key, tokens = f"tokenizer.ggml.{name}_token_id", "tokenizer.ggml.tokens"
+        given = self.get(key, int) if key in self.metadata else None
+        count = 0 if given is None and tokens not in self.metadata else len(self.strings(tokens))
+        if given is not None and 0 <= given < count:
+            return given
+        is_sentencepiece = self.get("tokenizer.ggml.model", str, "") == "llama"
+        assumed = _SENTENCEPIECE_IDS.get(name) if is_sentencepiece else None
+        if assumed is not None and assumed >= count:
+            assumed = None
+        if given is not None and given not in _NO_TOKEN:
+            instead = "no token" if assumed is None else assumed
+            message = f"{self.file}: metadata {key} is {given}, of {count} tokens; {instead} is assumed"
+            # From here, so that the same message comes once, whoever asks.
+            warnings.warn(message, RecycleWarning, stacklevel=1)
+        return assumed
 
     def _read(self) -> None:
         version = self._scalar("I")
+        if version and not version & 0xFFFF:
+            raise RecycleError(
+                f"{self.file}: a big-endian GGUF file; make it little-endian first "
+                "(gguf-convert-endian FILE little, which the package gguf brings, works in place)"
+            )
         if version not in (2, 3):
-            raise RecycleError(f"{self.file}: GGUF version {version}; versions 2 and 3 are read")
+            raise RecycleError(
+                f"{self.file}: GGUF version {version}; versions 2 and 3 are read, which llama.cpp's converters write"
+            )
         n_tensors, n_values = self._scalar("Q"), self._scalar("Q")
         for _ in range(n_values):
-            key = self._string()
+            key = self._string("strict")
             self.metadata[key] = self._value(self._scalar("I"))
         entries = [self._tensor() for _ in range(n_tensors)]
         alignment = self.get("general.alignment", int, 32)
@@ -123,16 +149,17 @@ class GgufHeader:
         self._position += size
         return data
 
-    def _string(self) -> str:
-        return self._bytes(self._scalar("Q")).decode()
+    def _string(self, errors: str) -> str:
+        return self._bytes(self._scalar("Q")).decode("utf-8", errors)
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
-            return self._string()
+            return self._string("replace")
         if kind == _ARRAY:
             item_kind, count = self._scalar("I"), self._scalar("Q")
             if item_kind == _STRING:
-                return [self._string() for _ in range(count)]
+                # Tokens need not be UTF-8; two that are not stay two.
+                return [self._string("surrogateescape") for _ in range(count)]
             dtype = np.dtype("<" + self._code(item_kind))
             return np.frombuffer(self._bytes(count * dtype.itemsize), dtype)
         return self._scalar(self._code(kind))
@@ -143,7 +170,7 @@ class GgufHeader:
         return _SCALARS[kind]
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        name, n_dims = self._string(), self._scalar("I")
+        name, n_dims = self._string("strict"), self._scalar("I")
         if not 1 <= n_dims <= 4:
             raise RecycleError(f"{self.file}: tensor {name} has {n_dims} dimensions, not 1 to 4")
         shape = tuple(self._scalar("Q") for _ in range(n_dims))[::-1]

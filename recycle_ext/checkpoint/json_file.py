@@ -12,10 +12,12 @@ from recycle_ext.errors import RecycleError
 def read_json(file: Path) -> dict[str, Any]:
     """The object in ``file``. Raises RecycleError for a file that cannot be read or holds something else."""
     try:
-        content = json.loads(file.read_text("utf-8"))
+        # A byte order mark, which some editors write, is no part of JSON.
+        content = json.loads(file.read_text("utf-8-sig"))
+        json.dumps(content, ensure_ascii=False).encode()  # half of a character, as "\ud83d", is no text
     except OSError as error:
         raise RecycleError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecycleError(f"{file}: not JSON: {error}") from None
     if not isinstance(content, dict):
         raise RecycleError(f"{file}: holds no JSON object")
@@ -30,12 +32,12 @@ class Fields:
         self.values = read_json(file)
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """Value of a key; null and absent are the same. Raises RecycleError for another type."""
+        """Value of a key; ``default`` where the key is null or absent. Raises RecycleError for another type."""
         value = self.values.get(key)
         if value is None:
             value = default
         if value is None:
-            raise RecycleError(f'{self.file}: "{key}" is missing')
+            raise RecycleError(f'{self.file}: "{key}" is {"null" if key in self.values else "missing"}')
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

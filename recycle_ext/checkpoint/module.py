@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from recycle_ext import arguments
 from recycle_ext.checkpoint import safetensors as safetensors_file
 from recycle_ext.checkpoint.base_model import Checkpoint
-from recycle_ext.checkpoint.config import ModuleConfig
+from recycle_ext.checkpoint.config import ModuleConfig, check_numbers
 from recycle_ext.checkpoint.json_file import read_json
 from recycle_ext.checkpoint.shapes import check_layers, check_tensors, module_shapes
 from recycle_ext.checkpoint.tensor_source import TensorSource
 from recycle_ext.errors import RecycleError
+from recycle_ext.files import make_directory, whole_file, write_whole
 
 _WEIGHTS = "module.safetensors"
 _SHIPPED = Path(__file__).parent.parent / "modules"
@@ -46,11 +47,18 @@ def open_module(path: str | Path, base: Checkpoint) -> ModuleCheckpoint:
 
     Raises RecycleError for a module that cannot be opened or was trained for another base.
     """
-    path = Path(path)
-    if not path.is_dir():
+    if not isinstance(base, Checkpoint):
+        raise RecycleError(f"base is {arguments.shown(base)}; open_module needs what open_checkpoint returns")
+    path = Path(arguments.path("module", path))
+    try:
+        found = path.is_dir()
+    except OSError as error:
+        raise RecycleError(f"module {arguments.shown(str(path))}: cannot be read: {error.strerror}") from None
+    if not found:
         raise RecycleError(f"{path}: no such directory; a module has config.json and {_WEIGHTS}")
     config_file = path / "config.json"
     config = ModuleConfig.from_json(read_json(config_file), str(config_file))
+    check_numbers(config, str(config_file))
     if config.base_fingerprint != base.fingerprint:
         raise RecycleError(
             f"{path}: this module was trained for {config.base_name} "
@@ -94,33 +102,26 @@ def save_module(path: str | Path, config: ModuleConfig, state_dict: dict[str, to
         name: tensor.to(torch.int64 if name == "draft_vocab" else torch.bfloat16).contiguous()
         for name, tensor in state_dict.items()
     }
-    write_directory(path, config.to_json(), _WEIGHTS, tensors, "the module")
+    write_directory(path, config.to_json(), _WEIGHTS, tensors)
 
 
 def write_directory(
-    path: str | Path, config: dict[str, Any], weights_name: str, tensors: dict[str, torch.Tensor], what: str
+    path: str | Path, config: dict[str, Any], weights_name: str, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Writes config.json and one safetensors file; a reader sees each file whole, or not at all.
+    """Writes one safetensors file, then config.json; a reader sees each file whole, or not at all.
 
-    what: how an error names the content. Raises RecycleError where the files cannot be written.
+    Raises WriteError where the files cannot be written, and RecycleError where ``path`` has the config.json of a model
+    of another type.
     """
     path = Path(path)
-    text = json.dumps(config, indent=2) + "\n"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        weights, config_file = path / f".{weights_name}.new", path / ".config.json.new"
+    kind = config.get("model_type")
+    if (path / "config.json").exists() and (found := read_json(path / "config.json").get("model_type")) != kind:
+        raise RecycleError(f"{path}: has the config.json of another model ({found}, not {kind}); give a new directory")
+    make_directory(path)
+    with whole_file(path / weights_name) as part:
         # transformers refuses files without this metadata.
-        save_file(tensors, weights, metadata={"format": "pt"})
-        config_file.write_text(text, "utf-8")
-        # safetensors makes files that only their owner can read.
-        os.chmod(weights, config_file.stat().st_mode)
-        for file in (weights, config_file):
-            with open(file, "rb+") as stream:
-                os.fsync(stream.fileno())
-        os.replace(weights, path / weights_name)
-        os.replace(config_file, path / "config.json")
-    except OSError as error:
-        raise RecycleError(f"{path}: {what} cannot be saved: {error.strerror}") from None
+        save_file(tensors, part, {"format": "pt"})
+    write_whole(path / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def default_module(base: Checkpoint) -> Path | None:

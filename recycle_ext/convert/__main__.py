@@ -81,17 +81,16 @@ def convert(options: argparse.Namespace) -> list[str]:
 
 def _write_eagle(path: Path, base: Checkpoint, output: Path) -> list[str]:
     config, tensors, notes = eagle.from_module(open_module(path, base), base)
-    write_directory(output, config, "model.safetensors", tensors, "the head")
+    write_directory(output, config, "model.safetensors", tensors)
     first = f"{output}: an EAGLE-1 head for {base.config.name}"
     return [first, *(f"note: {note}" for note in notes)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    options = parse_arguments(arguments)
 
     def run() -> int:
-        print("\n".join(convert(options)))
+        print("\n".join(convert(parse_arguments(arguments))))
         return 0
 
     return exit_status(run)

@@ -10,7 +10,7 @@ import torch
 
 from recycle_ext.checkpoint import safetensors as safetensors_file
 from recycle_ext.checkpoint.base_model import Checkpoint
-from recycle_ext.checkpoint.huggingface import read_rope, weight_files
+from recycle_ext.checkpoint.huggingface import check_activation, read_rope, weight_files
 from recycle_ext.checkpoint.json_file import Fields
 from recycle_ext.checkpoint.tensor_source import BLOCKS, TensorSource
 from recycle_ext.errors import RecycleError
@@ -83,8 +83,7 @@ class Source:
         Raises RecycleError for a head of another base's sizes, and for what a module cannot compute.
         """
         get = self.fields.get
-        if (activation := get("hidden_act", str, "silu")) != "silu":
-            self.fields.refuse("hidden_act", activation, '"silu"')
+        check_activation(self.fields)
         for key in ("hidden_size", "vocab_size"):
             if (given := get(key, int)) != (needed := getattr(base.config, key)):
                 raise RecycleError(f"{self.fields.file}: {key} is {given}; {base.config.name} has {needed}")

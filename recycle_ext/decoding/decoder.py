@@ -5,64 +5,90 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import secrets
 import time
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from recycle_ext import _C
+from recycle_ext import _C, arguments
+from recycle_ext.arguments import shown
 from recycle_ext.decoding.cuda_graph import GraphedStep
 from recycle_ext.decoding.draft_policy import DraftPolicy, StepHistory
 from recycle_ext.decoding.kv_cache import CACHE_DTYPES, row_elements
 from recycle_ext.decoding.step import SequenceStep, Step
-from recycle_ext.errors import RecycleError
+from recycle_ext.errors import RecycleError, first_line
 from recycle_ext.weights.pack import PackedModel
 from recycle_ext.weights.plan import read_plan
 
 MODES = {"standard": 0, "verify": 1, "alternate": 2}
 AUTO = "auto"
+MAX_BATCH = 2**16  # far more sequences than a machine has memory for
 
 
-def _check(
+class _Settings(NamedTuple):
+    """The decoder's arguments as plain values."""
+
+    mode: str
+    drafts: int | str
+    batch: int
+    capacity: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seeds: list[int]
+
+
+def _checked(
     model: PackedModel,
-    mode: str,
-    drafts: int | str,
-    batch: int,
-    capacity: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    n_seeds: int,
-    cache_dtype: torch.dtype,
-) -> None:
-    """Raises RecycleError for the first of the decoder's arguments that is out of range."""
-    max_drafts, context = _C.MAX_DRAFTS, model.config.max_position_embeddings
-    if mode not in MODES:
-        raise RecycleError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}")
+    mode: Any,
+    drafts: Any,
+    batch: Any,
+    capacity: Any,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    seeds: Any,
+    cache_dtype: Any,
+) -> _Settings:
+    """The decoder's arguments. Raises RecycleError for the first that is out of range."""
+    if not isinstance(model, PackedModel):
+        raise RecycleError(f"model is {shown(model)}; Decoder needs a packed model: load(...).packed")
+    mode = arguments.one_of("mode", mode, MODES)
     if mode != "standard" and model.module_config is None:
         raise RecycleError(f"mode is {mode!r}, which needs a module, and none is loaded")
-    if drafts != AUTO and not (isinstance(drafts, int) and 1 <= drafts <= max_drafts):
-        raise RecycleError(f"drafts is {drafts!r}; it must be 1 to {max_drafts}, or {AUTO}")
-    if drafts == AUTO and mode == "alternate":
+    if not isinstance(drafts, str) or drafts != AUTO:
+        drafts = arguments.integer("drafts", drafts, 1, _C.MAX_DRAFTS, f"1 to {_C.MAX_DRAFTS}, or {AUTO}")
+    elif mode == "alternate":
         raise RecycleError(
             "drafts is 'auto', which mode 'alternate' can't have: there every draft token is accepted, so their "
             "number decides how good the text is; give 1 to 4, or use verify"
         )
-    if not 1 <= capacity <= context:
-        raise RecycleError(f"capacity is {capacity}; this model's context has 1 to {context}")
-    if batch < 1 or n_seeds != batch:
-        raise RecycleError(f"batch is {batch} and there are {n_seeds} seeds")
-    if cache_dtype not in CACHE_DTYPES.values():
-        raise RecycleError(f"cache_dtype is {cache_dtype}; it must be float32, bfloat16 or int8")
+    context = model.config.max_position_embeddings
+    if capacity is None:
+        capacity = min(2048, context)
+    capacity = arguments.integer("capacity", capacity, 1, context, f"in this model's context, 1 to {context}")
+    batch = arguments.integer("batch", batch, 1, MAX_BATCH)
+    if seeds is None:
+        # 53 bits: every reader of JSON keeps them.
+        seeds = [secrets.randbits(53) for _ in range(batch)]
+    seeds = arguments.integers("seeds", seeds, "integers, one per sequence")
+    if len(seeds) != batch:
+        raise RecycleError(f"batch is {batch} and there are {len(seeds)} seeds")
+    if not isinstance(cache_dtype, torch.dtype) or cache_dtype not in CACHE_DTYPES.values():
+        raise RecycleError(f"cache_dtype is {shown(cache_dtype)}; it must be torch's float32, bfloat16 or int8")
     if model.weights.is_cuda and cache_dtype == torch.int8:
         raise RecycleError("cache_dtype is int8; on a GPU it must be float32 or bfloat16")
-    if not 0 <= temperature < math.inf:
-        raise RecycleError(f"temperature is {temperature}; it must be 0 (greedy) or a positive number")
-    if not 0 <= top_k < 2**63:
-        raise RecycleError(f"top_k is {top_k}; it must be 0 (all tokens) or positive")
-    if not 0 < top_p <= 1:
-        raise RecycleError(f"top_p is {top_p}; it must be in (0, 1]")
+    needed = "0 (greedy) or a positive number"
+    if not 0 <= (given := arguments.number("temperature", temperature, needed)) < math.inf:
+        raise RecycleError(f"temperature is {shown(temperature)}; it must be {needed}")
+    temperature = given
+    top_k = arguments.integer("top_k", top_k, 0, 2**63 - 1, "0 (all tokens) or positive")
+    if not 0 < (given := arguments.number("top_p", top_p, "in (0, 1]")) <= 1:
+        raise RecycleError(f"top_p is {shown(top_p)}; it must be in (0, 1]")
+    return _Settings(mode, drafts, batch, capacity, temperature, top_k, given, seeds)
 
 
 class Decoder:
@@ -79,9 +105,9 @@ class Decoder:
     drafts: draft tokens per step, 1 to 4, or in verify mode "auto": 0 to 4, chosen for each step by measured speed,
     for all sequences alike. ``num_draft_tokens`` is what the state holds now. capacity: positions of a sequence, prompt
     and new tokens together; None: 2048, or the model's context if that is less. temperature 0 is greedy; top_k 0 and
-    top_p 1 cut nothing. seeds: one per sequence; the draws of a seed do not depend on the rest of the batch. With
-    "auto" and a temperature they depend on the clock: the distribution is the base model's, but which token a seed
-    gives changes with the number of draft tokens.
+    top_p 1 cut nothing. seeds: one per sequence; None: new ones, which the attribute ``seeds`` tells. The draws of a seed
+    do not depend on the rest of the batch. With "auto" and a temperature they depend on the clock: the distribution is
+    the base model's, but which token a seed gives changes with the number of draft tokens.
 
     A step on the CPU runs on ``threads`` threads: the model's own number, or the process's where it has none.
 
@@ -101,24 +127,44 @@ class Decoder:
         seeds: Sequence[int] | None = None,
         cache_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        if capacity is None:
-            capacity = min(2048, model.config.max_position_embeddings)
-        if seeds is None:
-            seeds = range(batch)
-        _check(model, mode, drafts, batch, capacity, temperature, top_k, top_p, len(seeds), cache_dtype)
+        mode, drafts, batch, capacity, temperature, top_k, top_p, self.seeds = _checked(
+            model, mode, drafts, batch, capacity, temperature, top_k, top_p, seeds, cache_dtype
+        )
         self.model, self.mode, self.batch, self.capacity = model, mode, batch, capacity
         self.threads = model.threads or _C.n_threads()
         self.policy: DraftPolicy | None = None
-        greedy = temperature == 0
+        self.greedy = temperature == 0
         if mode == "standard":
             max_draft_tokens = 0
         elif drafts == AUTO:
             max_draft_tokens = _C.MAX_DRAFTS
-            self.policy = DraftPolicy(self._step_history(batch, greedy))
+            self.policy = DraftPolicy(self._step_history())
         else:
             max_draft_tokens = drafts
         self._max_draft_tokens = max_draft_tokens
         self.num_draft_tokens = max_draft_tokens if self.policy is None else self.policy.choose()
+        device = model.weights.device
+        self._probs_size = model.draft_vocab_size if mode == "verify" and not self.greedy else 0
+        try:
+            self._allocate(cache_dtype)
+        except (MemoryError, RuntimeError) as error:  # the second: torch's allocator
+            raise RecycleError(
+                f"no memory for the caches of {batch} x {capacity} tokens: {first_line(error)}"
+            ) from None
+        self.pending, self.draft_probs = self._views(self.num_draft_tokens)
+        self._sampling = (
+            temperature,
+            top_k,
+            top_p,
+            torch.tensor([seed % 2**63 for seed in self.seeds], dtype=torch.int64, device=device),
+        )
+        self._on_gpu = model.weights.is_cuda
+        self._graphs: dict[int, GraphedStep] = {}  # by the number of draft tokens
+        self.steps = 0
+
+    def _allocate(self, cache_dtype: torch.dtype) -> None:
+        """The state and the scratch."""
+        model, batch, max_draft_tokens = self.model, self.batch, self._max_draft_tokens
         device = model.weights.device
         self.base_cache = self._new_cache(model.config, cache_dtype)
         self.module_cache = torch.empty(0, dtype=cache_dtype, device=device)
@@ -127,21 +173,10 @@ class Decoder:
         self.lengths = torch.zeros(2, batch, dtype=torch.int64, device=device)
         # Room for the maximum; a step with fewer draft tokens uses the first elements.
         self._all_pending = torch.full((batch * (max_draft_tokens + 1),), -1, dtype=torch.int64, device=device)
-        self._probs_size = model.draft_vocab_size if mode == "verify" and not greedy else 0
         self._all_draft_probs = torch.empty(
             batch * max_draft_tokens * self._probs_size, dtype=torch.float32, device=device
         )
-        self.pending, self.draft_probs = self._views(self.num_draft_tokens)
-        self.scratch = self._new_scratch(greedy)
-        self._sampling = (
-            float(temperature),
-            int(top_k),
-            float(top_p),
-            torch.tensor([seed % 2**63 for seed in seeds], dtype=torch.int64, device=device),
-        )
-        self._on_gpu = model.weights.is_cuda
-        self._graphs: dict[int, GraphedStep] = {}  # by the number of draft tokens
-        self.steps = 0
+        self.scratch = self._new_scratch()
 
     def _new_cache(self, config, dtype: torch.dtype) -> Tensor:
         """Zeros for the stack of layers that ``config`` describes."""
@@ -154,18 +189,18 @@ class Decoder:
             _C.use_huge_pages(cache.view(torch.uint8).numpy())
         return cache
 
-    def _step_history(self, batch: int, greedy: bool) -> StepHistory:
+    def _step_history(self) -> StepHistory:
         """What decoders of this model share, for this batch, sampling and number of threads."""
-        return self.model.shared.setdefault((batch, greedy, self.threads), StepHistory(_C.MAX_DRAFTS))
+        return self.model.shared.setdefault((self.batch, self.greedy, self.threads), StepHistory(_C.MAX_DRAFTS))
 
-    def _new_scratch(self, greedy: bool) -> Tensor:
+    def _new_scratch(self) -> Tensor:
         """Workspace of a step: uint8 [threads, bytes], whose rows say how many threads run it; [bytes] on a GPU."""
         model, k = self.model, self._max_draft_tokens
         if not model.weights.is_cuda:
-            row = _C.scratch_bytes(model.plan.numpy(), model.weights.numpy(), self.batch, k, greedy, self.threads)
+            row = _C.scratch_bytes(model.plan.numpy(), model.weights.numpy(), self.batch, k, self.greedy, self.threads)
             return torch.empty(self.threads, row, dtype=torch.uint8, device="cpu")
         size = torch.ops.recycle.gpu_scratch_bytes(
-            model.plan, model.weights.numel(), self.batch, k, greedy, model.weights.device.index
+            model.plan, model.weights.numel(), self.batch, k, self.greedy, model.weights.device.index
         )
         return torch.empty(size, dtype=torch.uint8, device=model.weights.device)
 
@@ -189,8 +224,7 @@ class Decoder:
         """
         if self.mode != "verify":
             raise RecycleError(f"mode is {self.mode!r}; drafts can be changed in verify alone")
-        if not 0 <= count <= self._max_draft_tokens:
-            raise RecycleError(f"drafts is {count}; it must be 0 to {self._max_draft_tokens}")
+        count = arguments.integer("count", count, 0, self._max_draft_tokens)
         if count == self.num_draft_tokens:
             return
         common = min(count, self.num_draft_tokens)
@@ -229,9 +263,11 @@ class Decoder:
     def prefill(self, prompt: Sequence[int], sequence: int = 0) -> int:
         """Reads a prompt (token ids) into ``sequence``, from its start; returns the first new token.
 
-        Ctrl-C ends it after at most 64 rows. Raises RuntimeError for a logit that is not finite. The sequence is then
-        idle.
+        Ctrl-C ends it after at most 64 rows. Raises RecycleError for ids outside the vocabulary and for a prompt that does
+        not fit, RuntimeError for a logit that is not finite. The sequence is then idle.
         """
+        prompt = arguments.token_ids("prompt", prompt, self.model.config.vocab_size)
+        sequence = self._sequence(sequence)
         if len(prompt) >= self.capacity:
             raise RecycleError(
                 f"the prompt has {len(prompt)} tokens; there is room for {self.capacity}, new tokens included"
@@ -309,12 +345,18 @@ class Decoder:
 
     def room(self, sequence: int = 0) -> int:
         """Tokens a sequence may still grow by."""
+        sequence = self._sequence(sequence)
         return self.capacity - int(self.lengths[0, sequence]) - 1
 
     def release(self, sequence: int) -> None:
         """Ends a sequence: steps skip it until its next prefill."""
+        sequence = self._sequence(sequence)
         self._forget_steps(sequence)
         self.pending[sequence] = -1
+
+    def _sequence(self, sequence: int) -> int:
+        """The number of a sequence, checked."""
+        return arguments.integer("sequence", sequence, 0, self.batch - 1)
 
     def _forget_steps(self, sequence: int) -> None:
         """Drops the results of started steps: they belong to the sequence's previous text."""
@@ -331,6 +373,10 @@ class Decoder:
 
         Raises RecycleError for a logit that is not finite.
         """
+        if max_new_tokens is not None:
+            max_new_tokens = arguments.integer("max_new_tokens", max_new_tokens, 1)
+        if not isinstance(end_tokens, (set, frozenset)):
+            end_tokens = arguments.integers("end_tokens", end_tokens, "token ids")
         begin = time.perf_counter()
         first = self.prefill(prompt)
         if self._on_gpu:

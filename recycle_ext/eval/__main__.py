@@ -22,11 +22,12 @@ from recycle_ext.eval.measure import add_likelihoods, encode_cloze, encode_promp
 from recycle_ext.eval.plot import plot
 from recycle_ext.eval.prompts import Prompt, categories, first_of_each, read_prompts
 from recycle_ext.eval.report import heading, summaries, tables
+from recycle_ext.files import write_whole
 from recycle_ext.generate.model import Model
 from recycle_ext.generate.options import add_model_options, model_of
 from recycle_ext.measuring.extras import require
 from recycle_ext.measuring.machine import machine
-from recycle_ext.measuring.plots import check_plot
+from recycle_ext.measuring.plots import check_outputs
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -36,7 +37,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description="Measures a module: acceptance, speed and quality of the modes on prompts of several kinds, and "
         "accuracy on a cloze set. Without PROMPT and --prompts: on the prompts of this package.",
     )
-    parser.add_argument("prompt", metavar="PROMPT", nargs="*", help="texts to continue")
+    parser.add_argument(
+        "prompt", metavar="PROMPT", nargs="*", help="texts to continue; write -- before a text that begins with -"
+    )
     parser.add_argument(
         "--prompts",
         metavar="FILE",
@@ -115,13 +118,9 @@ def check(options: argparse.Namespace) -> None:
         if (value := getattr(options, name)) is not None and value < 1:
             flag = "--" + name.replace("_", "-")
             raise RecycleError(f"{flag} is {value}; it must be at least 1")
-    for flag, file in (("--json", options.json), ("--plot", options.plot)):
-        if file is not None and not Path(file).absolute().parent.is_dir():
-            raise RecycleError(f"{flag} {file}: there is no directory {Path(file).parent}")
     require("tabulate", "python -m recycle_ext.eval")
     require("scipy", "python -m recycle_ext.eval")
-    if options.plot is not None:
-        check_plot(options.plot)
+    check_outputs(options.json, options.plot, {"machine", "settings", "summaries"})
 
 
 def run(options: argparse.Namespace) -> int:
@@ -201,10 +200,7 @@ def show(report: dict, options: argparse.Namespace) -> None:
     """Prints the tables, writes the files."""
     print(f"{heading(report)}\n\n{tables(report)}", flush=True)
     if options.json is not None:
-        try:
-            Path(options.json).write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-        except OSError as error:
-            raise RecycleError(f"--json {options.json}: {error.strerror}") from None
+        write_whole(options.json, json.dumps(report, indent=1) + "\n")
     if options.plot is not None:
         plot(report, heading(report), options.plot)
 
@@ -225,8 +221,7 @@ def report_differences(rows: Sequence[dict]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    options = parse_arguments(arguments)
-    return exit_status(lambda: run(options))
+    return exit_status(lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

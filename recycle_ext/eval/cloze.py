@@ -17,6 +17,7 @@ from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.errors import RecycleError
 from recycle_ext.eval.decoding import decode
 from recycle_ext.eval.jsonl import read_objects, read_text
+from recycle_ext.files import check_output, has_keys, write_whole
 from recycle_ext.text.tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "cloze.jsonl"
@@ -89,18 +90,17 @@ def _cut(words: Sequence[str], start: int) -> int | None:
 def write_cloze(text_file: Path, file: Path) -> int:
     """Writes a cloze file made of a text file; returns the number of items.
 
-    Raises RecycleError if the text gives no items, or a file cannot be read or written.
+    Raises RecycleError if the text gives no items, a file cannot be read or written, or ``file`` is there and is no
+    such file.
     """
+    check_output("--make-cloze", file, lambda content: has_keys(content.splitlines()[0], {"source"}))
     items = make_cloze(read_text(text_file))
     if not items:
         raise RecycleError(f"{text_file}: gives no items; it needs paragraphs of more than {CONTEXT_WORDS} words")
     lines = [{"source": text_file.name}]
     lines += [{"context": context, "continuation": following} for context, following in items]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    try:
-        file.write_text(text, "utf-8")
-    except OSError as error:
-        raise RecycleError(f"{file}: cannot be written: {error.strerror}") from None
+    write_whole(file, text)
     return len(items)
 
 

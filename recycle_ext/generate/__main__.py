@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 
@@ -20,10 +21,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line, described by --help."""
     parser = argparse.ArgumentParser(
         prog="python -m recycle_ext.generate",
+        usage="%(prog)s [OPTION ...] [--] PROMPT",
         description="Continues a prompt with a Llama-family model and its recyclable module.",
     )
     add = parser.add_argument
-    add("prompt", metavar="PROMPT", help="the text to continue; - reads it from standard input")
+    add(
+        "prompt",
+        metavar="PROMPT",
+        help="the text to continue; - reads it from standard input; write -- before a text that begins with -",
+    )
     add_model_options(parser)
     add(
         "--mode",
@@ -43,7 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--temperature", type=float, default=0.0, help="0: greedy (default)")
     add("--top-k", type=int, default=0, help="0: all tokens (default)")
     add("--top-p", type=float, default=1.0, help="1: all tokens (default)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, help="of the draws (default: a new one, which --stats and --json report)")
     add("--chat", action="store_true", help="the prompt is a message: use the model's chat template")
     add(
         "--stats",
@@ -74,6 +80,8 @@ def figures(statistics: Statistics, read_bandwidth: float) -> str:
         f"weights     {s.weight_bytes / 1e6:6.1f} MB, read at {s.gigabytes_per_second:.1f} GB/s: "
         f"{share:.0%} of this machine's {read_bandwidth / 1e9:.1f} GB/s"
     )
+    if s.seed is not None:
+        lines.append(f"seed        {s.seed}")
     return "\n".join(lines)
 
 
@@ -82,6 +90,7 @@ _JSON_KEYS = [
     "new_tokens",
     "mode",
     "drafts",
+    "seed",
     "steps",
     "acceptance_rate",
     "prefill_seconds",
@@ -103,9 +112,13 @@ def run(options: argparse.Namespace) -> int:
     prompt = options.prompt
     if prompt == "-":
         try:
-            prompt = sys.stdin.buffer.read().decode()
+            prompt = sys.stdin.buffer.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise RecycleError(f"standard input is not UTF-8: {error.reason}") from None
+        except OSError as error:
+            raise RecycleError(f"standard input cannot be read: {error.strerror}") from None
+        # The shell adds a line end, and some shells a byte order mark before the text.
+        prompt = re.sub(r"\r?\n\Z", "", prompt)
     generation = generate(
         model := model_of(options),
         prompt,
@@ -136,8 +149,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
-    options = parse_arguments(arguments)
-    return exit_status(lambda: run(options))
+    return exit_status(lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

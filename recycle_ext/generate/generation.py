@@ -22,6 +22,7 @@ class Statistics:
     mode: str
     drafts: int | str  # draft tokens per step, or "auto"
     prompt_tokens: int
+    seed: int | None = None  # of the draws, the caller's or a new one; None: greedy
     new_tokens: int = 0
     steps: int = 0  # decode steps: passes over the base model after the prefill
     offered_drafts: int = 0  # draft tokens of all steps, those after a rejected one included
@@ -71,6 +72,7 @@ class Generation(Iterator[str]):
             mode=decoder.mode,
             drafts=decoder.num_draft_tokens if decoder.policy is None else AUTO,
             prompt_tokens=len(prompt),
+            seed=None if decoder.greedy else decoder.seeds[0],
             weight_bytes=model.packed.weights.numel(),
         )
         self._model = model

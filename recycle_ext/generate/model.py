@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from recycle_ext import _C
+from recycle_ext import _C, arguments
 from recycle_ext.checkpoint.base_model import Checkpoint, open_checkpoint
 from recycle_ext.checkpoint.module import default_module, open_module
-from recycle_ext.errors import RecycleError
+from recycle_ext.errors import RecycleError, first_line, is_out_of_memory
 from recycle_ext.ops.registration import check_device
 from recycle_ext.text.tokenizer import Tokenizer
 from recycle_ext.weights.pack import PackedModel, pack_model
@@ -49,20 +49,22 @@ def load(
     are copied. module_dtype: of the module's weights; None: f32 for a float32 model, else the dtype in the module's
     config, else q8.
 
-    Raises RecycleError for files that are missing, damaged, foreign or do not fit together.
+    Raises RecycleError for files that are missing, damaged, foreign or do not fit together, and where memory is short.
     """
     if threads is not None:
-        if not 1 <= threads <= 256:
-            raise RecycleError(f"threads is {threads}; it must be 1 to 256")
-        threads = min(threads, _C.available_cores())
+        threads = min(arguments.integer("threads", threads, 1, 256), _C.available_cores())
     device = check_device(device)
-    base = open_checkpoint(model)
-    if module is None:
-        module = default_module(base)
-    opened = None if module is None or str(module) == "none" else open_module(module, base)
-    # Before the weights: building the tokenizer takes memory for a moment.
-    tokenizer = base.tokenizer
-    packed = pack_model(base, opened, dtype, module_dtype).to(device)
+    try:
+        base = open_checkpoint(model)
+        module = default_module(base) if module is None else arguments.path("module", module)
+        opened = None if module is None or module == "none" else open_module(module, base)
+        # Before the weights: building the tokenizer takes memory for a moment.
+        tokenizer = base.tokenizer
+        packed = pack_model(base, opened, dtype, module_dtype).to(device)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RecycleError(f"no memory to load {model or 'the default model'}: {first_line(error)}") from None
     return Model(
         packed=dataclasses.replace(packed, threads=threads),
         tokenizer=tokenizer,
@@ -74,4 +76,4 @@ def _is_float32(base: Checkpoint, dtype: str | None) -> bool:
     if dtype is not None:
         return dtype == "f32"
     source = base.tensors["model.layers.0.mlp.down_proj.weight"]
-    return base.path.endswith(".gguf") and source.format == "f32" and source.ggml_type is None
+    return base.is_gguf and source.format == "f32" and source.ggml_type is None

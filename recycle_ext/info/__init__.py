@@ -15,6 +15,7 @@ import torch
 
 from recycle_ext import _C
 from recycle_ext.checkpoint.default_model import GGUF_NAME, HUB_ID, cache_directory
+from recycle_ext.errors import RecycleError, first_line
 from recycle_ext.measuring.bandwidth import read_bandwidth
 from recycle_ext.measuring.extras import require
 from recycle_ext.measuring.machine import cache_bytes, date, gpu_driver, plural, processor
@@ -144,9 +145,12 @@ def gpu_lines() -> dict[str, str]:
 
 def default_model_lines() -> dict[str, str]:
     """The default model's folder, and its file if the model was fetched."""
-    folder = cache_directory()
-    places = [folder / GGUF_NAME, folder / Path(HUB_ID).name]
-    found = next((place for place in places if place.exists()), None)
+    try:
+        folder = cache_directory()
+        places = [folder / GGUF_NAME, folder / Path(HUB_ID).name]
+        found = next((place for place in places if place.exists()), None)
+    except (OSError, RecycleError) as error:  # a report has all the other lines
+        return {"folder": first_line(error)}
     return {
         "folder": str(folder),
         "RECYCLE_CACHE": os.environ.get("RECYCLE_CACHE", "not set"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recycle_ext.errors import RecycleError
+from recycle_ext.files import check_output, has_keys, whole_file
 from recycle_ext.measuring.extras import require
 
 if TYPE_CHECKING:
@@ -14,14 +16,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
+_CREATOR = "recycle_ext"  # in the metadata of every plot
 MODE_COLORS = {"standard": "#9ecae1", "verify": "#3182bd", "alternate": "#08519c"}
 
 
+def check_outputs(json_file: str | None, plot_file: str | None, report_keys: set[str]) -> None:
+    """Checks --json and --plot before anything is measured; None: the option is not given.
+
+    report_keys: of the command's reports, by which an earlier one is known. Raises RecycleError for a file that cannot
+    be written, or would replace another than such a report or plot.
+    """
+    if json_file is not None:
+        check_output("--json", json_file, lambda content: has_keys(content, report_keys))
+    if plot_file is not None:
+        check_plot(plot_file)
+        if json_file is not None and Path(json_file).absolute() == Path(plot_file).absolute():
+            raise RecycleError(f"--json and --plot are both {plot_file}; give two names")
+
+
 def check_plot(file: str) -> None:
-    """Raises RecycleError if a plot could not be drawn, before anything is measured."""
+    """Raises RecycleError if a plot could not be drawn or would replace another file, before anything is measured."""
     if not file.endswith(FORMATS):
         raise RecycleError(f"--plot is {file}; it must end in {', '.join(FORMATS)}")
     require("matplotlib", "--plot")
+    check_output("--plot", file, lambda content: _CREATOR.encode() in content)
 
 
 def new_figure(columns: int, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
@@ -62,13 +80,12 @@ def grouped_bars(
     return drawn
 
 
-def save_figure(figure: Figure, file: str) -> None:
-    """Writes the figure and closes it. Raises RecycleError if the file cannot be written."""
+def save_figure(figure: Figure, file: str | Path) -> None:
+    """Writes the figure and closes it. Raises WriteError if the file cannot be written."""
     from matplotlib import pyplot
 
     try:
-        figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise RecycleError(f"--plot {file}: {error.strerror}") from None
+        with whole_file(file) as part:
+            figure.savefig(part, format=Path(file).suffix[1:], dpi=150, metadata={"Creator": _CREATOR})
     finally:
         pyplot.close(figure)

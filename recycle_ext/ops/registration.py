@@ -31,8 +31,8 @@ if HAS_CUDA_OPS:
 def check_device(device: str | torch.device) -> torch.device:
     """The device; raises RecycleError where it does not exist or this installation does not run on it."""
     try:
-        found = torch.device(device)
-    except RuntimeError:
+        found = torch.device(device) if isinstance(device, (str, torch.device)) else None
+    except (RuntimeError, ValueError):
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
         raise RecycleError(f"device is {str(device)!r}; it must be cpu, cuda or cuda:N")

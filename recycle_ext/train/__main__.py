@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,11 @@ from tqdm import tqdm
 
 from recycle_ext.command_line import exit_status
 from recycle_ext.errors import RecycleError
+from recycle_ext.files import WriteError, make_directory
+from recycle_ext.train.interruption import Interruption
 from recycle_ext.train.log import Log, screen_line
 from recycle_ext.train.options import check_options, parse_arguments, train_options
+from recycle_ext.train.record import Record, check_folder, read_state
 from recycle_ext.train.tasks import frozen_task, joint_task
 from recycle_ext.train.trainer import Trainer, TrainStep
 from recycle_ext.train.workers import Workers, join, leave
@@ -31,8 +34,7 @@ from recycle_ext.train.workers import Workers, join, leave
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    options = parse_arguments(arguments)
-    return exit_status(lambda: run(options))
+    return exit_status(lambda: run(parse_arguments(arguments)))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -42,7 +44,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         figures = train(options, workers)
     except KeyboardInterrupt:
-        print(f"stopped; go on with --resume --output {options.output}", file=sys.stderr)
+        if workers.is_leader:
+            print(stopped(Path(options.output)), file=sys.stderr)
         raise
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -58,6 +61,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def stopped(folder: Path) -> str:
+    """The last line of an interrupted run: what is kept, and how to go on."""
+    if (folder / "training.pt").exists():
+        return f"stopped; go on with --resume --output {folder}"
+    return f"stopped before a step was saved; the same command begins anew, and uses text and states in {folder}"
+
+
 def train(options: argparse.Namespace, workers: Workers) -> dict[str, float]:
     """The whole run; returns the figures on the held-out sequences."""
 
@@ -65,28 +75,44 @@ def train(options: argparse.Namespace, workers: Workers) -> dict[str, float]:
         if workers.is_leader:
             tqdm.write(line, sys.stderr)
 
-    folder = output_folder(options, workers)
-    task = joint_task(options, folder, workers) if options.joint else frozen_task(options, folder, workers, tell)
-    trainer = Trainer(task, train_options(options), workers)
-    checkpoint = folder / "training.pt"
-    if checkpoint.exists():
-        trainer.load(checkpoint)
+    folder = Path(options.output)
+    record = open_record(options, folder, workers)
+    if options.joint:
+        task = joint_task(options, workers, record)
+    else:
+        task = frozen_task(options, folder, workers, record, tell)
+    trainer = Trainer(task, train_options(options), workers, record.arguments)
+    if record.state is not None:
+        trainer.restore(record.file, record.state)
+        record.state = None  # frees its memory
+    make_directory(folder)
     n_trained = sum(parameter.numel() for parameter in task.parameters())
     tell(f"{n_trained / 1e6:.2f} million parameters; {task.n_train} sequences of {options.length} tokens")
+    try:
+        figures = steps_and_models(options, workers, trainer, folder, tell)
+    except WriteError as error:
+        raise RecycleError(f"{error}; {trainer.kept()}") from None
+    workers.wait()  # A process that leaves while another works can make that one abort.
+    return figures
+
+
+def steps_and_models(
+    options: argparse.Namespace, workers: Workers, trainer: Trainer, folder: Path, tell: Callable[[str], None]
+) -> dict[str, float]:
+    """Trains, logs and saves the models; returns the figures on the held-out sequences."""
     log = Log(folder, trainer.step) if workers.is_leader else None
     figures: dict[str, float] = {}
     steps: list[TrainStep] = []  # since the last row of the log
+    step_tokens = options.batch_sequences * options.length
     started = time.monotonic()
-    with tqdm(
-        total=options.steps, initial=trainer.step, desc="training", unit=" steps", disable=not workers.is_leader
-    ) as bar:
-        for step in trainer.run(checkpoint):
+    bar = tqdm(total=options.steps, initial=trainer.step, desc="training", unit=" steps", disable=not workers.is_leader)
+    with bar, Interruption(lambda: tell("stopping after this step; Ctrl-C again stops at once")) as interruption:
+        for step in trainer.run(folder / "training.pt", interruption.is_requested):
             bar.update()
             steps.append(step)
             if step.figures is None:
                 continue
             figures = step.figures
-            step_tokens = options.batch_sequences * options.length
             row = log_row(steps, step_tokens, time.monotonic() - started)
             if log is not None:
                 log.add(row)
@@ -94,28 +120,29 @@ def train(options: argparse.Namespace, workers: Workers) -> dict[str, float]:
             steps, started = [], time.monotonic()
     if log is not None:
         with trainer.averaged():
-            task.save(folder)
+            trainer.task.save(folder)
         if len(log.rows) > 1 and log.plot() is None:
             tell("no plot: it needs matplotlib (`pip install matplotlib`)")
-    figures = figures or trainer.evaluate()
-    workers.wait()  # A process that leaves while another works can make that one abort.
-    return figures
+    return figures or trainer.evaluate()
 
 
-def output_folder(options: argparse.Namespace, workers: Workers) -> Path:
-    """Creates the output directory. Raises RecycleError where it has another run's state, or none to resume."""
-    folder = Path(options.output)
-    state = folder / "training.pt"
-    if state.exists() and not options.resume:
-        raise RecycleError(f"{state} is of an earlier run: give --resume, or another --output")
-    if options.resume and not folder.is_dir():
-        raise RecycleError(f"--resume: there is no {folder}")
-    workers.wait()  # All processes look before one of them creates the directory.
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecycleError(f"--output {folder}: {error.strerror}") from None
-    return folder
+def open_record(options: argparse.Namespace, folder: Path, workers: Workers) -> Record:
+    """The record of a new run, or of the one to resume. Writes nothing.
+
+    Raises RecycleError where a new run would replace files, and where the run to resume has no state or other options.
+    """
+    file = folder / "training.pt"
+    if options.resume:
+        if not file.exists():
+            raise RecycleError(f"--resume: there is no {file}")
+    elif file.exists():
+        raise RecycleError(f"{file} is of an earlier run: give --resume, or another --output")
+    else:
+        check_folder(folder, bool(options.joint))
+    record = Record(file, read_state(file) if options.resume else None)
+    record.add_options(options)
+    workers.wait()  # All processes look before one of them writes.
+    return record
 
 
 def log_row(steps: Sequence[TrainStep], step_tokens: int, seconds: float) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def measure(
     """
     capacity = min(len(prompts[0]) + NEW_TOKENS, base.config.max_position_embeddings)
     new_tokens = capacity - len(prompts[0])
-    end_tokens = base.config.eos_token_ids
+    end_tokens = base.tokenizer.eos_token_ids
 
     def candidate(size: int, folder: Path) -> Candidate:
         ids, coverage = frequent_tokens(tokens, size, base.config.vocab_size)
@@ -136,8 +136,8 @@ def table(candidates: Sequence[Candidate]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit status."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, described by --help."""
     parser = argparse.ArgumentParser(
         prog="python -m recycle_ext.train.draft_vocab",
         description="Chooses the size of a module's draft vocabulary by tokens a second.",
@@ -152,8 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dtype", choices=DTYPES, help="weights in memory (none: a GGUF's own, else bf16)")
     add("--module-dtype", choices=DTYPES, help="the module's weights (none: as it was trained)")
     add("--threads", type=int, help="none: the cores this process may use")
-    options = parser.parse_args(arguments)
-    return exit_status(lambda: choose(options))
+    return parser.parse_args(arguments)
 
 
 def choose(options: argparse.Namespace) -> int:
@@ -181,6 +180,11 @@ def choose(options: argparse.Namespace) -> int:
     with_draft_vocab(module, base, best.ids, folder)
     print(f"{folder}: saved with {len(best.ids):,} tokens")
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    return exit_status(lambda: choose(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -95,7 +95,6 @@ class FrozenBase(Task):
         super().__init__()
         self.module = module
         self.module_format = module_format
-        self.fingerprint = module.config.base_fingerprint
         # A list hides the base from nn.Module: its weights are neither trained, averaged, saved nor broadcast.
         self._base = [base]
         self.states = states

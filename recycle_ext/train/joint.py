@@ -8,13 +8,11 @@ module's loss go through h into the base. w = 0 trains the base alone, as a cont
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -22,8 +20,10 @@ from torch import Tensor
 from recycle_ext.checkpoint.base_model import open_checkpoint
 from recycle_ext.checkpoint.config import ModelConfig, ModuleConfig
 from recycle_ext.checkpoint.huggingface import llama_json
-from recycle_ext.checkpoint.module import save_module
+from recycle_ext.checkpoint.module import save_module, write_directory
+from recycle_ext.files import make_directory, write_whole
 from recycle_ext.reference.model import BaseModel, RecyclableModule
+from recycle_ext.train.documents import pieces
 from recycle_ext.train.losses import head_loss
 from recycle_ext.train.states import batches
 from recycle_ext.train.trainer import Task
@@ -43,7 +43,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Backend:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
     return backend
 
 
@@ -63,13 +63,14 @@ def initial_weights(model: torch.nn.Module, n_layers: int, seed: int) -> None:
 class Joint(Task):
     """Trains a base and its module (None: the base alone) on sequences.
 
-    tokens: [n, T] int64, of which the last ``held_out`` are not trained on. module_weight: w of this file's docstring.
+    backend: the base's tokenizer. tokens: [n, T] int32, of which the last ``held_out`` are not trained on. module_weight: w of this file's docstring.
     """
 
     def __init__(
         self,
         base: BaseModel,
         module: RecyclableModule | None,
+        backend: Backend,
         tokens: Tensor,
         held_out: int,
         module_weight: float,
@@ -78,6 +79,7 @@ class Joint(Task):
         super().__init__()
         self.base = base
         self.module = module
+        self.backend = backend
         self.n_train = len(tokens) - held_out
         self.tokens = tokens
         self.module_weight = module_weight
@@ -107,7 +109,7 @@ class Joint(Task):
 
     def forward(self, index: list[int]) -> Tensor:
         """The loss of the sequences ``index``."""
-        losses = self._losses(self.tokens[index].to(self.workers.device))
+        losses = self._losses(self.tokens[index].long().to(self.workers.device))
         return losses[0] if self.module is None else losses[0] + self.module_weight * losses[1]
 
     @torch.no_grad()
@@ -122,7 +124,7 @@ class Joint(Task):
         for number, part in enumerate(batches(len(self.tokens) - self.n_train, 8)):
             if number % self.workers.count != self.workers.rank:
                 continue
-            tokens = self.tokens[[self.n_train + i for i in part]].to(device)
+            tokens = self.tokens[[self.n_train + i for i in part]].long().to(device)
             sums[0] += len(tokens)
             for index, loss in enumerate(self._losses(tokens), 1):
                 sums[index] += float(loss) * len(tokens)
@@ -140,9 +142,8 @@ class Joint(Task):
         return figures
 
     def save(self, folder: Path) -> None:
-        """Writes the base to ``folder``/base, whose tokenizer is already there, and the module to ``folder``/module."""
-        backend = open_checkpoint(folder / "base").tokenizer.backend
-        save_base(folder / "base", self.base.config, self.base, backend)
+        """Writes the base with its tokenizer to ``folder``/base and the module to ``folder``/module."""
+        save_base(folder / "base", self.base.config, self.base, self.backend)
         if self.module is None:
             return
         trained = open_checkpoint(folder / "base")
@@ -155,13 +156,13 @@ class Joint(Task):
 
 def save_base(folder: Path, config: ModelConfig, base: BaseModel, backend: Backend) -> None:
     """Writes a base model and its tokenizer as a Hugging Face directory, in bfloat16."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directory(folder)
+    write_whole(folder / "tokenizer.json", backend.to_str(pretty=True))
     tensors = {
         name: value.to("cpu", torch.bfloat16).contiguous()
         for name, value in base.state_dict().items()
         if not (config.tie_word_embeddings and name == "lm_head.weight")
     }
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     fields = llama_json(config) | {
         "architectures": ["LlamaForCausalLM"],
         "max_position_embeddings": config.max_position_embeddings,
@@ -169,5 +170,4 @@ def save_base(folder: Path, config: ModelConfig, base: BaseModel, backend: Backe
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
-    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
-    backend.save(str(folder / "tokenizer.json"))
+    write_directory(folder, fields, "model.safetensors", tensors)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recycle_ext.files import whole_file, write_whole, writing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -16,7 +18,8 @@ class Log:
     def __init__(self, folder: Path, step: int) -> None:
         self.file = folder / "log.jsonl"
         self.rows = [row for row in self._stored() if row["step"] <= step]
-        self.file.write_text("".join(json.dumps(row) + "\n" for row in self.rows), "utf-8")
+        if self.file.exists():
+            write_whole(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def _stored(self) -> list[dict[str, Any]]:
         if not self.file.exists():
@@ -24,18 +27,22 @@ class Log:
         rows = []
         for line in self.file.read_text("utf-8").splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 break  # The run was interrupted while it wrote this line.
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            rows.append(row)
         return rows
 
     def add(self, row: dict[str, Any]) -> None:
         """Appends a row.
 
         Keys: step, loss (nats, mean since the last row), tokens_per_second, learning_rate, and the task's figures.
+        Raises WriteError where the file cannot be written.
         """
         self.rows.append(row)
-        with self.file.open("a", encoding="utf-8") as stream:
+        with writing(self.file), self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
 
     def figure(self) -> Figure:
@@ -68,7 +75,8 @@ class Log:
         except ModuleNotFoundError:
             return None
         file = self.file.with_suffix(".png")
-        figure.savefig(file, dpi=120)
+        with whole_file(file) as part:
+            figure.savefig(part, format="png", dpi=120)
         return file
 
 

@@ -58,8 +58,13 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 def _add_text(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("text").add_argument
-    add("--text", nargs="+", metavar="FILE", help="UTF-8 text, .jsonl or .parquet; none: the base writes the text")
-    add("--text-field", default="text", help="field of .jsonl and .parquet with the text")
+    add(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 text, .jsonl, .ndjson, .json or .parquet; none: the base writes the text",
+    )
+    add("--text-field", default="text", help="field of the objects or rows with the text")
     add(
         "--self-generate",
         type=int,

@@ -54,8 +54,10 @@ class Prompts:
             return self._tokenizer.encode(self._filled("openings"))
         request = self._filled("requests")
         chat = self._tokenizer.apply_chat_template([{"role": "user", "content": request}])
-        if kind < _OPEN_TURNS:
-            chat = chat[: chat.rindex(request)]
+        # A template may change the request; then there is no place where the turn opens.
+        start = chat.rfind(request)
+        if kind < _OPEN_TURNS and start >= 0:
+            chat = chat[:start]
         return self._tokenizer.encode(chat, add_bos=False)
 
     def _filled(self, name: str) -> str:

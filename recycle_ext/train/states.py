@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recycle_ext.errors import RecycleError
+from recycle_ext.files import make_directory, whole_file
 from recycle_ext.reference.model import BaseModel
 from recycle_ext.text.tokenizer import Tokenizer
 from recycle_ext.train.self_text import Prompts, write_text
@@ -55,10 +56,10 @@ class States:
 
 def write_shard(file: Path, tokens: Tensor, hidden: Tensor, fingerprint: str) -> None:
     """Writes a shard of the base with this fingerprint. A reader sees the file whole, or not at all."""
-    part = file.with_suffix(".part")
     tensors = {"tokens": tokens.int().contiguous(), "hidden": hidden.to(torch.bfloat16).contiguous()}
-    save_file(tensors, part, {"fingerprint": fingerprint})
-    part.replace(file)
+    make_directory(file.parent)
+    with whole_file(file) as part:
+        save_file(tensors, part, {"fingerprint": fingerprint})
 
 
 def read_shard(file: Path, fingerprint: str) -> tuple[Tensor, Tensor]:
@@ -92,7 +93,7 @@ def shards_of_written_text(
     ends = set(tokenizer.eos_token_ids)
     if len(end := tokenizer.encode("<|endoftext|>", add_bos=False)) == 1:
         ends |= set(end)
-    n_shards = -(-n_tokens // (WRITE_BATCH * length))
+    n_shards = count_written(n_tokens, length) // WRITE_BATCH
     files = [folder / f"self-{seed}-{length}-{index:03d}.safetensors" for index in range(n_shards)]
     total = n_shards * WRITE_BATCH * length
     with tqdm(total=total, desc="writing text", unit=" tokens", disable=not workers.is_leader) as bar:
@@ -113,16 +114,20 @@ def shards_of_written_text(
 def shards_of_given_text(
     base: BaseModel, sequences: Tensor, folder: Path, fingerprint: str, workers: Workers
 ) -> list[tuple[Tensor, Tensor]]:
-    """Shards in ``folder`` with the base's states of given sequences [n, T] int64.
+    """Shards in ``folder`` with the base's states of given sequences [n, T] int32.
 
-    Existing shards of the same text stay. Each process computes its share.
+    Existing shards are not computed again; RecycleError where one is of another text. Each process computes its share.
     """
     device = base.model.norm.weight.device
     parts = sequences.split(READ_SHARD)
     files = [folder / f"read-{index:03d}.safetensors" for index in range(len(parts))]
+    for file, part in zip(files, parts, strict=True):
+        if file.exists() and not torch.equal(read_shard(file, fingerprint)[0], part):
+            raise RecycleError(f"{file}: states of another text; give another --output, or delete the file")
+    workers.wait()  # All processes look before one of them writes.
     with tqdm(total=len(sequences), desc="reading text", disable=not workers.is_leader) as bar:
         for index, (file, part) in enumerate(zip(files, parts, strict=True)):
-            if file.exists() and torch.equal(read_shard(file, fingerprint)[0], part.int()):
+            if file.exists():
                 bar.update(len(part))
             elif index % workers.count == workers.rank:
                 hidden = []
@@ -132,6 +137,11 @@ def shards_of_given_text(
                 write_shard(file, part, torch.cat(hidden), fingerprint)
     workers.wait()
     return [read_shard(file, fingerprint) for file in files]
+
+
+def count_written(n_tokens: int, length: int) -> int:
+    """How many sequences of ``length`` the base writes where at least ``n_tokens`` are wanted."""
+    return -(-n_tokens // (WRITE_BATCH * length)) * WRITE_BATCH
 
 
 def count_held_out(n_sequences: int, share: float) -> int:

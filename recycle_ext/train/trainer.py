@@ -8,9 +8,9 @@ from __future__ import annotations
 import abc
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from recycle_ext.errors import RecycleError
+from recycle_ext.files import whole_file
 from recycle_ext.train.workers import Workers, gradient_reduction
+
+_SMALLER = "A smaller --lr or --clip may help."
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,6 @@ class Task(nn.Module, abc.ABC):
     """
 
     n_train: int  # sequences to train on
-    fingerprint = ""  # of a frozen base
 
     def begin_step(self, done: float) -> None:
         """Called before each step with the share of the steps that are done, in [0, 1)."""
@@ -101,21 +103,15 @@ def averaged_model(model: nn.Module, decay: float) -> AveragedModel:
 class Trainer:
     """Trains a task. A step's sequences are the same for every number of processes and micro-batches.
 
-    Raises RecycleError where the batch cannot be split, or is larger than the text.
+    arguments: what a saved state says of the run (``Record.arguments``).
     """
 
-    def __init__(self, task: Task, options: TrainOptions, workers: Workers) -> None:
-        multiple = options.accumulate * workers.count
-        if options.batch_sequences % multiple:
-            raise RecycleError(
-                f"--batch-sequences is {options.batch_sequences}; it must be a multiple of --accumulate "
-                f"times the processes, {options.accumulate} x {workers.count}"
-            )
-        if options.batch_sequences > task.n_train:
-            raise RecycleError(
-                f"--batch-sequences is {options.batch_sequences}, and there are {task.n_train} sequences to train on"
-            )
+    def __init__(
+        self, task: Task, options: TrainOptions, workers: Workers, arguments: Mapping[str, Any] | None = None
+    ) -> None:
         self.task = task
+        self.arguments = dict(arguments or {})
+        self.saved: tuple[Path, int] | None = None  # the file of the state saved last, and its step
         self.options = options
         self.workers = workers
         self.parallel = workers.parallel(task)
@@ -142,10 +138,11 @@ class Trainer:
         order = torch.randperm(self.task.n_train, generator=generator)
         return order[index * size : (index + 1) * size].tolist()
 
-    def train_step(self) -> float:
-        """One step of the optimizer; returns the loss, the mean over all processes.
+    def train_step(self, stop: Callable[[], bool] = lambda: False) -> tuple[float, float, bool]:
+        """One step of the optimizer; returns the loss, the gradient's norm before clipping, and whether to stop.
 
-        A nonfinite loss leaves the weights as they are.
+        The loss is the mean over all processes; all stop where one does. A nonfinite loss or gradient leaves the
+        weights as they are.
         """
         options, workers = self.options, self.workers
         self.task.train()
@@ -159,16 +156,17 @@ class Trainer:
                 loss = self.parallel(part) / options.accumulate
                 loss.backward()
             total += loss.detach()
-        mean = float(workers.sum(total)) / workers.count
+        norm = float(torch.nn.utils.clip_grad_norm_(self.task.parameters(), options.clip))
+        loss_sum, n_stopped = workers.sum(torch.stack((total, torch.full_like(total, stop())))).tolist()
+        mean = loss_sum / workers.count
         self.step += 1
-        if math.isfinite(mean):
-            torch.nn.utils.clip_grad_norm_(self.task.parameters(), options.clip)
+        if math.isfinite(mean) and math.isfinite(norm):
             self.optimizer.step()
             self.schedule.step()
             if self.average is not None:
                 self.average.update_parameters(self._children)
         self.optimizer.zero_grad()
-        return mean
+        return mean, norm, n_stopped > 0
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -190,66 +188,72 @@ class Trainer:
                 setattr(self.task, name, model)
 
     def save(self, path: Path) -> None:
-        """Writes what a resumed run needs. A reader sees the new file whole, or the old one."""
-        if not self.workers.is_leader:
-            return
-        state = {
-            "weights": self.task.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "step": self.step,
-            "base": self.task.fingerprint,
-            "options": asdict(self.options),
-        }
-        part = path.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(path)
+        """Writes what a resumed run needs. A reader sees the new file whole, or the old one.
 
-    def load(self, path: Path) -> None:
-        """Continues from save(). Raises RecycleError for a file of another run or of an earlier version."""
-        state: dict[str, Any] = torch.load(path, map_location=self.workers.device, weights_only=True)
-        if "schedule" not in state:
-            raise RecycleError(
-                f"--resume: {path} was written by an earlier version of recycle_ext; delete it and run again "
-                "without --resume (text and states beside it are used again)"
-            )
-        if state["base"] != self.task.fingerprint:
-            raise RecycleError(f"--resume: {path} is of another base model")
-        for name, value in asdict(self.options).items():
-            # These two change nothing in what is trained.
-            if name not in ("evaluate_every", "save_seconds") and state["options"][name] != value:
-                raise RecycleError(f"--resume: {name} is {value}, and {path} was begun with {state['options'][name]}")
-        shapes = {name: value.shape for name, value in state["weights"].items()}
+        Raises RecycleError where weights are not finite, and WriteError where the file cannot be written.
+        """
+        if not all(bool(value.isfinite().all()) for value in self.task.parameters()):
+            raise RecycleError(f"training: a weight is not finite after step {self.step}; {self.kept()}. {_SMALLER}")
+        if self.workers.is_leader:
+            state = {
+                "trained": self.task.state_dict(),
+                "average": None if self.average is None else self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "step": self.step,
+                "arguments": self.arguments,
+            }
+            # Through a stream of Python's: torch's own gives no reason where it fails.
+            with whole_file(path) as part, part.open("wb") as stream:
+                torch.save(state, stream)
+        self.saved = (path, self.step)
+
+    def kept(self) -> str:
+        """What there is to go on from, for a message."""
+        if self.saved is None:
+            return "no state was saved yet"
+        return "{} has the state after step {}".format(*self.saved)
+
+    def restore(self, path: Path, state: dict[str, Any]) -> None:
+        """Continues from save(). state: as ``read_state`` returns. Raises RecycleError for one that does not fit."""
+        shapes = {name: getattr(value, "shape", None) for name, value in state["trained"].items()}
         for name, value in self.task.state_dict().items():
             if shapes.get(name) != value.shape:
                 raise RecycleError(f"--resume: {path} is of a module of another shape ({name})")
-        self.task.load_state_dict(state["weights"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.step = state["step"]
+        try:
+            self.task.load_state_dict(state["trained"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.step = int(state["step"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise RecycleError(f"--resume: {path} is damaged ({str(error).splitlines()[0]})") from None
+        self.saved = (path, self.step)
 
-    def run(self, checkpoint: Path) -> Iterator[TrainStep]:
+    def run(self, checkpoint: Path, stop: Callable[[], bool] = lambda: False) -> Iterator[TrainStep]:
         """Trains to the last step, saves to ``checkpoint`` on the way, and yields each step.
 
-        Raises RecycleError at the first nonfinite loss; the checkpoint then holds the last finite state saved.
+        stop: whether to end after the step in progress; the state is then saved and KeyboardInterrupt raised. Raises
+        RecycleError at the first nonfinite loss or gradient; the checkpoint then holds the last finite state saved.
         """
         options = self.options
         saved = time.monotonic()
         while self.step < options.steps:
             rate = self.schedule.get_last_lr()[0]
-            loss = self.train_step()
-            if not math.isfinite(loss):
-                exists = checkpoint.exists()
-                good = f"the last good state is {checkpoint}" if exists else "none was saved"
-                raise RecycleError(
-                    f"training: the loss is {loss} at step {self.step}; {good}. A smaller --lr or --clip may help."
-                )
+            loss, norm, is_stopped = self.train_step(stop)
+            for name, value in (("loss", loss), ("norm of the gradient", norm)):
+                if not math.isfinite(value):
+                    raise RecycleError(
+                        f"training: the {name} is {value} at step {self.step}; {self.kept()}. {_SMALLER}"
+                    )
             is_last = self.step == options.steps
-            if is_last or time.monotonic() - saved > options.save_seconds:
+            is_measured = is_last or self.step % options.evaluate_every == 0
+            is_due = time.monotonic() - saved > options.save_seconds
+            # Before the first figures too: they are logged, and the log is never without its state.
+            if is_last or is_stopped or is_due or (is_measured and self.saved is None):
                 self.save(checkpoint)
                 saved = time.monotonic()
-            is_measured = is_last or self.step % options.evaluate_every == 0
+            if is_stopped:
+                raise KeyboardInterrupt
             yield TrainStep(self.step, loss, rate, self.evaluate() if is_measured else None)

@@ -28,6 +28,16 @@ class Workers:
         """Whether this process is rank 0, which alone reports and saves."""
         return self.rank == 0
 
+    def check_batch(self, batch_sequences: int, accumulate: int, n_train: int) -> None:
+        """Raises RecycleError where a step's batch cannot be split over processes and micro-batches, or is too large."""
+        if batch_sequences % (accumulate * self.count):
+            raise RecycleError(
+                f"--batch-sequences is {batch_sequences}; it must be a multiple of --accumulate "
+                f"times the processes, {accumulate} x {self.count}"
+            )
+        if batch_sequences > n_train:
+            raise RecycleError(f"--batch-sequences is {batch_sequences}, and there are {n_train} sequences to train on")
+
     def wait(self) -> None:
         """Returns when all processes have called it."""
         if self.count > 1:

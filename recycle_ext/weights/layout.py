@@ -6,11 +6,11 @@ of 16, and the quantized formats share a scale among 32 consecutive weights of a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from recycle_ext import _C
@@ -67,6 +67,10 @@ def bytes_of(tensor: Tensor) -> np.ndarray:
     return tensor.contiguous().view(torch.uint8).numpy()
 
 
+# (a view of the panels, its dimension of 16 rows) -> the same with the panels, or with single rows, that are wanted.
+_Select = Callable[[Tensor, int], Tensor]
+
+
 @dataclass(frozen=True)
 class Matrix:
     """A packed matrix [n, k] inside the byte tensor of all weights."""
@@ -92,53 +96,45 @@ class Matrix:
         return self.weights[self.offset : self.offset + count * size].view(count, size)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows ``ids`` [m], float32 [m, k]."""
-        unpacked = self._unpack(self.panels()[ids // PANEL_ROWS])
-        return unpacked[torch.arange(len(ids), device=ids.device), ids % PANEL_ROWS].float()
+        """Rows ``ids`` [m], float32 [m, k]. Reads those rows alone, not the panels they are in."""
+        panel, lane = ids // PANEL_ROWS, ids % PANEL_ROWS
+        rows = self._unpack(lambda view, dim: view.movedim(dim, 1)[panel, lane].unsqueeze(dim))
+        return rows[:, 0].float()
 
     def unpacked(self) -> Tensor:
         """[n, k] of ``compute_dtype``."""
-        return self._unpack(self.panels()).reshape(-1, self.k)[: self.n].to(self.compute_dtype)
+        panels = self._unpack(lambda view, dim: view)
+        return panels.reshape(-1, self.k)[: self.n].to(self.compute_dtype)
 
-    def linear(self, x: Tensor) -> Tensor:
-        """x [rows, k] float32 -> x W^T [rows, n] float32."""
-        return F.linear(x.to(self.compute_dtype), self.unpacked()).float()
-
-    def _unpack(self, panels: Tensor) -> Tensor:
-        """uint8 [panels, bytes] -> [panels, 16, k]"""
-        count, k = len(panels), self.k
-        if self.format in ("f32", "f16"):
-            dtype = FLOAT_DTYPES[self.format]
-            return panels.view(dtype).view(count, k, PANEL_ROWS).transpose(1, 2)
-        if self.format == "bf16":
-            pairs = panels.view(torch.bfloat16).view(count, k // 2, PANEL_ROWS, 2)
-            return pairs.transpose(1, 2).reshape(count, PANEL_ROWS, k)
+    def _unpack(self, select: _Select) -> Tensor:
+        """What ``select`` takes of the panels: [selected, 16 or 1, k]"""
+        panels, k = self.panels(), self.k
+        if self.format in FLOAT_DTYPES:
+            neighbours = 2 if self.format == "bf16" else 1
+            values = panels.view(FLOAT_DTYPES[self.format]).view(-1, k // neighbours, PANEL_ROWS, neighbours)
+            return select(values, 2).transpose(1, 2).flatten(2)
         # Blocks share a cache line of scales. Where k / 32 is odd, the last line is half empty.
         shared, quants = _BLOCKS_PER_LINE[self.format], _QUANT_BYTES[self.format]
         blocks = k // BLOCK
         full = blocks // shared
         group = _CACHE_LINE + shared * quants
-        parts = [self._unpack_blocks(panels[:, : full * group].view(count, full, group), shared)]
+        parts = [self._unpack_blocks(panels[:, : full * group].unflatten(1, (full, group)), shared, select)]
         if blocks % shared:
-            rest = panels[:, full * group :].reshape(count, 1, _CACHE_LINE + quants)
-            parts.append(self._unpack_blocks(rest, 1))
+            parts.append(self._unpack_blocks(panels[:, None, full * group :], 1, select))
         return torch.cat(parts, 2)
 
-    def _unpack_blocks(self, groups: Tensor, blocks: int) -> Tensor:
-        """uint8 [panels, groups, a line of scales and the quants of ``blocks`` blocks] -> [panels, 16, k]"""
-        count, n_groups = groups.shape[:2]
-        halves = groups[:, :, :_CACHE_LINE].contiguous().view(torch.float16).float()
-        quants = groups[:, :, _CACHE_LINE:]
+    def _unpack_blocks(self, groups: Tensor, blocks: int, select: _Select) -> Tensor:
+        """uint8 [panels, groups, a line of scales and the quants of ``blocks`` blocks] -> [selected, 16 or 1, k]"""
+        halves = groups[:, :, :_CACHE_LINE].view(torch.float16).unflatten(2, (2, PANEL_ROWS))
+        halves = select(halves, 3).float()[:, :, :, None, :, None]
+        quants = select(groups[:, :, _CACHE_LINE:].unflatten(2, (blocks, -1, PANEL_ROWS, 4)), 4)
         if self.format == "q8_0":
-            values = quants.reshape(count, n_groups, blocks, 8, PANEL_ROWS, 4).float() - 128
+            values = quants.float() - 128
         else:
-            packed = quants.reshape(count, n_groups, blocks, 4, PANEL_ROWS, 4)
-            values = torch.stack((packed & 15, packed >> 4), 4).float()  # weights k and k + 4
-            values = values.reshape(count, n_groups, blocks, 8, PANEL_ROWS, 4)
+            values = torch.stack((quants & 15, quants >> 4), 4).flatten(3, 4).float()  # weights k and k + 4
             if self.format == "q4_0":
                 values -= 8
-        shape = (count, n_groups, blocks, 1, PANEL_ROWS, 1)
-        values *= halves[:, :, : blocks * PANEL_ROWS].reshape(shape)
+        values *= halves[:, :, :blocks]
         if self.format == "q4_1":
-            values += halves[:, :, PANEL_ROWS:].reshape(shape)
-        return values.permute(0, 4, 1, 2, 3, 5).reshape(count, PANEL_ROWS, -1)
+            values += halves[:, :, 1:]
+        return values.permute(0, 4, 1, 2, 3, 5).flatten(2)

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from recycle_ext import _C
+from recycle_ext.arguments import one_of, shown
+from recycle_ext.checkpoint.base_model import Checkpoint
 from recycle_ext.checkpoint.config import DTYPES, MODULE_DTYPES, ModelConfig, ModuleConfig
+from recycle_ext.checkpoint.module import ModuleCheckpoint
 from recycle_ext.checkpoint.tensor_source import TensorSource
 from recycle_ext.errors import RecycleError
 from recycle_ext.weights.layout import PANEL_ROWS
 from recycle_ext.weights.plan import PlanWriter
-
-if TYPE_CHECKING:
-    from recycle_ext.checkpoint.base_model import Checkpoint
-    from recycle_ext.checkpoint.module import ModuleCheckpoint
 
 
 @dataclass(frozen=True)
@@ -75,14 +73,23 @@ def pack_model(
 
     Raises RecycleError for an unknown dtype and for sizes that the kernels do not support.
     """
-    for name, value in (("dtype", dtype), ("module_dtype", module_dtype)):
-        if value is not None and value not in DTYPES:
-            raise RecycleError(f"{name} is {value!r}; it must be one of {', '.join(DTYPES)}")
+    if not isinstance(base, Checkpoint):
+        raise RecycleError(f"base is {shown(base)}; pack_model needs what open_checkpoint returns")
+    if not (module is None or isinstance(module, ModuleCheckpoint)):
+        raise RecycleError(f"module is {shown(module)}; pack_model needs what open_module returns, or None")
+    check_dtypes(dtype, module_dtype)
     check_sizes(base.config, base.path)
     size = describe(base, module, dtype, module_dtype).weights_bytes
     weights = torch.empty(size, dtype=torch.uint8, device="cpu")
     _C.use_huge_pages(weights.numpy())
     return describe(base, module, dtype, module_dtype, weights).packed_model(weights)
+
+
+def check_dtypes(dtype: str | None, module_dtype: str | None) -> None:
+    """Raises RecycleError for a dtype that is not a name in ``DTYPES``; None is allowed."""
+    for name, value in (("dtype", dtype), ("module_dtype", module_dtype)):
+        if value is not None:
+            one_of(name, value, DTYPES)
 
 
 def check_sizes(config: ModelConfig, file: str) -> None:
@@ -175,7 +182,7 @@ def _format(source: TensorSource, base: Checkpoint, dtype: str | None, is_head: 
     if dtype is not None:
         # A 4-bit matrix is not quantized again to the other 4-bit format.
         return source.format if dtype == "q4" and source.format in ("q4_0", "q4_1") else DTYPES[dtype][0]
-    if not base.path.endswith(".gguf"):
+    if not base.is_gguf:
         return "bf16"
     return "f16" if source.ggml_type is not None else source.format
 
