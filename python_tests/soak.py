@@ -1,4 +1,4 @@
-"""Soak: greedy verify mode against standard mode, for as many tokens as are asked for.
+"""Soak: the tokens of greedy verify mode are those of standard mode, over random models and batches.
 
     python python_tests/soak.py --tokens 1000000 --seed 0
 

@@ -81,10 +81,10 @@ def test_sequence_whose_second_draft_is_nan_fails_alone(packed, temperature, fai
     expected = decoder_of(packed, "verify", 3, temperature)
     expected_step = expected.step()
     # Only the module's second pass reads the embedding of the first draft token.
-    poisoned = dataclasses.replace(packed, weights=packed.weights.clone())
-    embedding = read_plan(poisoned.weights, poisoned.plan).embedding
+    nonfinite = dataclasses.replace(packed, weights=packed.weights.clone())
+    embedding = read_plan(nonfinite.weights, nonfinite.plan).embedding
     token = int(expected.pending[failed, 1])
-    given = decoder_of(poisoned, "verify", 3, temperature)
+    given = decoder_of(nonfinite, "verify", 3, temperature)
     assert token not in given.pending and token not in expected_step.tokens
     assert token not in torch.cat((expected.pending[:failed], expected.pending[failed + 1 :]))
     panel, lane = divmod(token, PANEL_ROWS)
@@ -146,10 +146,10 @@ def test_decode_of_a_failed_sequence_raises_with_its_position(packed):
 @pytest.mark.parametrize("part", ["base", "module"])
 def test_prefill_with_a_nan_leaves_its_sequence_idle(packed, part):
     """The sequence's former text is gone from the caches, so its former lengths must not stay."""
-    poisoned = dataclasses.replace(packed, weights=packed.weights.clone())
-    decoder = decoder_of(poisoned, "verify", 2, 0.0, capacity=100)
+    nonfinite = dataclasses.replace(packed, weights=packed.weights.clone())
+    decoder = decoder_of(nonfinite, "verify", 2, 0.0, capacity=100)
     other = state_of(decoder, 0)
-    view = read_plan(poisoned.weights, poisoned.plan)
+    view = read_plan(nonfinite.weights, nonfinite.plan)
     (view.final_norm if part == "base" else view.module.output_norm)[0] = NAN
     with pytest.raises(RuntimeError, match=r"NaN or infinite \(sequence 1, position 69\)"):
         decoder.prefill([3] * 70, 1)

@@ -195,7 +195,7 @@ class Pool {
     for (auto& worker : workers_) worker.join();
   }
 
-  // The number that was asked for. A pool that is smaller is not tried again until another number is asked for.
+  // The number that the last call wanted. A pool that came out smaller stays until a call wants another number.
   int wanted() const { return wanted_; }
 
   void run(ParallelFunction function, void* context) {
