@@ -196,6 +196,14 @@ void bind_memory(py::module_& m) {
         return recycle::matrix_bytes(kind, n, k);
       },
       py::arg("format"), py::arg("n"), py::arg("k"), "Bytes of a packed matrix.");
+  m.def(
+      "quantization",
+      [](int format) {
+        const recycle::Quantization q = recycle::quantization(format_of(format));
+        return py::make_tuple(q.block, q.group, q.low_bits, q.high_bits, q.zero_point_bits, q.header_bytes,
+                              q.file_bytes);
+      },
+      py::arg("format"), "The numbers of format.h's Quantization; zeros for a float format.");
   m.def("scratch_bytes", &scratch_bytes, py::arg("plan"), py::arg("weights"), py::arg("batch"), py::arg("drafts"),
         py::arg("greedy"), py::arg("threads"),
         "Bytes of a row of scratch [threads, bytes], which decode_step and prefill need to run on that many threads.");

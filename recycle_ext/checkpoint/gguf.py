@@ -14,7 +14,7 @@ from recycle_ext.errors import RecycleError
 from recycle_ext.text.end_tokens import end_tokens
 
 # Types that keep their format; all others are dequantized on reading.
-_KEPT_TYPES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 8: "q8_0", 30: "bf16"}
+_KEPT_TYPES = {0: "f32", 1: "f16", 30: "bf16"} | {number: name for name, (number, *_) in BLOCKS.items()}
 
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -182,7 +182,7 @@ def _tensor(
     if format in FLOAT_DTYPES:
         block, block_bytes = 1, FLOAT_DTYPES[format].itemsize
     elif format in BLOCKS:
-        block, block_bytes = BLOCKS[format]
+        _, block, block_bytes = BLOCKS[format]
     else:
         block, block_bytes = _block(file, stored_name, stored.ggml_type)
     row = stored.shape[1] if len(stored.shape) == 2 else 1

@@ -11,8 +11,21 @@ import torch
 from recycle_ext.errors import RecycleError
 
 FLOAT_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-# Values and bytes of one block, as GGUF stores the block.
-BLOCKS = {"q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20)}
+# GGUF's number of a quantized type, and the values and bytes of one of its blocks.
+BLOCKS = {
+    "q8_0": (8, 32, 34),
+    "q4_0": (2, 32, 18),
+    "q4_1": (3, 32, 20),
+    "q5_0": (6, 32, 22),
+    "q5_1": (7, 32, 24),
+    "iq4_nl": (20, 32, 18),
+    "q2_k": (10, 256, 84),
+    "q3_k": (11, 256, 110),
+    "q4_k": (12, 256, 144),
+    "q5_k": (13, 256, 176),
+    "q6_k": (14, 256, 210),
+    "iq4_xs": (23, 256, 136),
+}
 
 
 @dataclass(frozen=True)
@@ -21,8 +34,8 @@ class TensorSource:
 
     name: str
     shape: tuple[int, ...]
-    # "f32" | "f16" | "bf16" | "q8_0" | "q4_0" | "q4_1", or "i64" for lists of token ids. Other GGUF
-    # types are dequantized on reading and say "f32".
+    # A name in FLOAT_DTYPES or BLOCKS, or "i64" for lists of token ids. Other GGUF types are dequantized on reading and
+    # say "f32".
     format: str
     file: Path
     offset: int  # in bytes, of the first row
@@ -51,7 +64,7 @@ class TensorSource:
         """Rows start..stop - 1 as float32, [rows, n_in] (a vector: [rows])."""
         rows = self.raw_rows(start, stop)
         if self.format in BLOCKS:
-            return _dequantized(rows, {"q4_0": 2, "q4_1": 3, "q8_0": 8}[self.format])
+            return _dequantized(rows, BLOCKS[self.format][0])
         return rows.float()
 
     def to(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:

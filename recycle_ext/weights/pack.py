@@ -23,6 +23,9 @@ from recycle_ext.weights.layout import PANEL_ROWS
 from recycle_ext.weights.plan import PlanWriter
 
 
+_FOUR_BITS = ("q4_0", "q4_1", "iq4_nl", "q4_k", "iq4_xs")
+
+
 @dataclass(frozen=True)
 class PackedModel:
     """A base model, and a module if there is one, as the ops take them.
@@ -180,8 +183,8 @@ def _format(source: TensorSource, base: Checkpoint, dtype: str | None, is_head: 
     if dtype is not None and is_head:
         return DTYPES[dtype][1]
     if dtype is not None:
-        # A 4-bit matrix is not quantized again to the other 4-bit format.
-        return source.format if dtype == "q4" and source.format in ("q4_0", "q4_1") else DTYPES[dtype][0]
+        # A 4-bit matrix is not quantized again to another 4-bit format.
+        return source.format if dtype == "q4" and source.format in _FOUR_BITS else DTYPES[dtype][0]
     if not base.is_gguf:
         return "bf16"
     return "f16" if source.ggml_type is not None else source.format

@@ -18,16 +18,7 @@ from recycle_ext import _C
 from recycle_ext.checkpoint.config import ModelConfig, ModuleConfig
 from recycle_ext.checkpoint.tensor_source import BLOCKS, TensorSource
 from recycle_ext.errors import RecycleError
-from recycle_ext.weights.layout import (
-    BLOCK,
-    FORMATS,
-    PANEL_ROWS,
-    Matrix,
-    bytes_of,
-    convert_rows,
-    matrix_bytes,
-    pack_rows,
-)
+from recycle_ext.weights.layout import FORMATS, PANEL_ROWS, Matrix, bytes_of, convert_rows, matrix_bytes, pack_rows
 
 _ALIGNMENT = 64  # bytes
 _ROWS_AT_ONCE = 1024  # that are read, converted and packed together; a multiple of 16
@@ -117,11 +108,11 @@ class PlanWriter:
     def matrix(self, source: TensorSource, format: str, ids: Tensor | None = None) -> tuple[int, int, int, int]:
         """A matrix, or its rows ``ids`` (ascending); returns its entries (offset, format, n, k).
 
-        A quantized format becomes bf16 where the rows are no multiple of 32. Raises RecycleError where they are
-        no multiple of 16.
+        A quantized format becomes bf16 where the rows are no multiple of its block. Raises RecycleError where they
+        are no multiple of 16.
         """
         n, k = source.shape if ids is None else (len(ids), source.shape[1])
-        if format in BLOCKS and k % BLOCK:
+        if format in BLOCKS and k % BLOCKS[format][1]:
             format = "bf16"
         if k % PANEL_ROWS:
             raise RecycleError(

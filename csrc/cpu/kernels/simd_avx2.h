@@ -83,6 +83,12 @@ inline Lanes load_int8(const std::byte* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
           _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
 }
+inline Lanes load_bits(const std::byte* p, int first, int count) {
+  const __m128i shifted = _mm_srl_epi16(load_128(p), _mm_cvtsi32_si128(first));
+  const __m128i bytes = _mm_and_si128(shifted, _mm_set1_epi8(static_cast<char>((1 << count) - 1)));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
+}
 inline Raw load_raw(const std::byte* p) { return {load_256(p), load_256(p + 32)}; }
 inline Lanes bf16_even(Raw raw) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(raw.lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(raw.hi, 16))};
@@ -156,21 +162,38 @@ inline Ints total(const Ints (&sums)[2]) {
   return {_mm256_add_epi32(sums[0].lo, sums[1].lo), _mm256_add_epi32(sums[0].hi, sums[1].hi)};
 }
 inline Lanes to_float(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
-// Bits first .. first + count - 1 of each 16-bit half.
-template <int first, int count>
+// Bits [first, first + count) of each 16-bit half, moved to bits [to, to + count).
+template <int first, int count, int to = 0>
 inline __m256i bits_of(__m256i words) {
-  if constexpr (first > 0) words = _mm256_srli_epi16(words, first);
-  if constexpr (first + count < 16) words = _mm256_and_si256(words, _mm256_set1_epi16((1 << count) - 1));
+  if constexpr (first > to) words = _mm256_srli_epi16(words, first - to);
+  if constexpr (first < to) words = _mm256_slli_epi16(words, to - first);
+  if constexpr (first + count < 16 || to > 0)
+    words = _mm256_and_si256(words, _mm256_set1_epi16(static_cast<int16_t>(((1 << count) - 1) << to)));
   return words;
 }
-inline Quads bytes(Raw raw) {
-  return {bits_of<0, 8>(raw.lo), bits_of<0, 8>(raw.hi), bits_of<8, 8>(raw.lo), bits_of<8, 8>(raw.hi)};
+template <int first, int count>
+inline Quads field(Raw raw) {
+  return {bits_of<first, count>(raw.lo), bits_of<first, count>(raw.hi), bits_of<first + 8, count>(raw.lo),
+          bits_of<first + 8, count>(raw.hi)};
 }
-inline Quads low_nibbles(Raw raw) {
-  return {bits_of<0, 4>(raw.lo), bits_of<0, 4>(raw.hi), bits_of<8, 4>(raw.lo), bits_of<8, 4>(raw.hi)};
+template <int first, int count, int to>
+inline Quads with_field(Quads low, Raw raw) {
+  return {_mm256_or_si256(low.even_lo, bits_of<first, count, to>(raw.lo)),
+          _mm256_or_si256(low.even_hi, bits_of<first, count, to>(raw.hi)),
+          _mm256_or_si256(low.odd_lo, bits_of<first + 8, count, to>(raw.lo)),
+          _mm256_or_si256(low.odd_hi, bits_of<first + 8, count, to>(raw.hi))};
 }
-inline Quads high_nibbles(Raw raw) {
-  return {bits_of<4, 4>(raw.lo), bits_of<4, 4>(raw.hi), bits_of<12, 4>(raw.lo), bits_of<12, 4>(raw.hi)};
+inline Raw shifted_right(Raw raw, int count) {
+  const __m128i bits = _mm_cvtsi32_si128(count);
+  return {_mm256_srl_epi16(raw.lo, bits), _mm256_srl_epi16(raw.hi, bits)};
+}
+template <int first>
+inline Quads look_up(const uint8_t (&table)[16], Raw raw) {
+  const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  const auto find = [&](__m256i words) {
+    return _mm256_shuffle_epi8(values, _mm256_and_si256(_mm256_srli_epi16(words, first), _mm256_set1_epi8(15)));
+  };
+  return field<0, 8>(Raw{find(raw.lo), find(raw.hi)});
 }
 inline Ints dot(Ints a, __m256i lo, __m256i hi, int32_t pair) {
   const __m256i x = _mm256_set1_epi32(pair);
