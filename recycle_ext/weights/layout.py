@@ -163,7 +163,7 @@ class Matrix:
             group_scale, group_minimum = _group_scales(self.format, integers)
             scale, minimum = halves[:, :, :1] * group_scale, -minimum * group_minimum
         if self.format in ("iq4_nl", "iq4_xs"):
-            values = torch.tensor(_IQ4_VALUES, dtype=torch.float32, device=values.device)[values.long()]
+            values = torch.tensor(_IQ4_VALUES, dtype=torch.float32, device=values.device).take(values.long())
         else:
             values = values.float() - (0 if q.zero_point_bits < 0 else 1 << q.zero_point_bits)
         # Four columns in a row are a quad: [selected, groups, scales, quads, 16 or 1, 4].

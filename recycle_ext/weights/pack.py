@@ -22,7 +22,6 @@ from recycle_ext.errors import RecycleError
 from recycle_ext.weights.layout import PANEL_ROWS
 from recycle_ext.weights.plan import PlanWriter
 
-
 _FOUR_BITS = ("q4_0", "q4_1", "iq4_nl", "q4_k", "iq4_xs")
 
 
