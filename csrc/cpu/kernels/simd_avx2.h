@@ -31,13 +31,11 @@ inline Ints total(const Ints (&sums)[2]) {
   return {_mm256_add_epi32(sums[0].lo, sums[1].lo), _mm256_add_epi32(sums[0].hi, sums[1].hi)};
 }
 inline Lanes to_float(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
-// Bits [first, first + count) of each 16-bit half, moved to bits [to, to + count).
-template <int first, int count, int to = 0>
+// Bits [first, first + count) of each 16-bit half.
+template <int first, int count>
 inline __m256i bits_of(__m256i words) {
-  if constexpr (first > to) words = _mm256_srli_epi16(words, first - to);
-  if constexpr (first < to) words = _mm256_slli_epi16(words, to - first);
-  if constexpr (first + count < 16 || to > 0)
-    words = _mm256_and_si256(words, _mm256_set1_epi16(static_cast<int16_t>(((1 << count) - 1) << to)));
+  if constexpr (first > 0) words = _mm256_srli_epi16(words, first);
+  if constexpr (first + count < 16) words = _mm256_and_si256(words, _mm256_set1_epi16((1 << count) - 1));
   return words;
 }
 template <int first, int count>
@@ -45,12 +43,19 @@ inline Quads field(Raw raw) {
   return {bits_of<first, count>(raw.lo), bits_of<first, count>(raw.hi), bits_of<first + 8, count>(raw.lo),
           bits_of<first + 8, count>(raw.hi)};
 }
-template <int first, int count, int to>
-inline Quads with_field(Quads low, Raw raw) {
-  return {_mm256_or_si256(low.even_lo, bits_of<first, count, to>(raw.lo)),
-          _mm256_or_si256(low.even_hi, bits_of<first, count, to>(raw.hi)),
-          _mm256_or_si256(low.odd_lo, bits_of<first + 8, count, to>(raw.lo)),
-          _mm256_or_si256(low.odd_hi, bits_of<first + 8, count, to>(raw.hi))};
+// Joined as bytes, then widened: two operations fewer than the other way.
+template <int low_bits, int high_bits, int i>
+inline Quads joined(Raw low, Raw high) {
+  const auto bytes = [](__m256i lower, __m256i upper) {
+    const auto mask = [](int bits, int to) { return _mm256_set1_epi8(static_cast<char>(((1 << bits) - 1) << to)); };
+    constexpr int shift = i * high_bits - low_bits;  // to the right
+    if constexpr (i > 0) lower = _mm256_srli_epi16(lower, i * low_bits);
+    if constexpr (shift > 0) upper = _mm256_srli_epi16(upper, shift);
+    if constexpr (shift < 0) upper = _mm256_slli_epi16(upper, -shift);
+    return _mm256_or_si256(_mm256_and_si256(lower, mask(low_bits, 0)),
+                           _mm256_and_si256(upper, mask(high_bits, low_bits)));
+  };
+  return field<0, 8>(Raw{bytes(low.lo, high.lo), bytes(low.hi, high.hi)});
 }
 template <int first>
 inline Quads look_up(const uint8_t (&table)[16], Raw raw) {

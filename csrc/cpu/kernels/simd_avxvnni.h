@@ -45,10 +45,12 @@ template <int first, int count>
 inline Quads field(Raw raw) {
   return {bits_of<first, count>(raw.lo), bits_of<first, count>(raw.hi)};
 }
-template <int first, int count, int to>
-inline Quads with_field(Quads low, Raw raw) {
-  return {_mm256_or_si256(low.lo, bits_of<first, count, to>(raw.lo)),
-          _mm256_or_si256(low.hi, bits_of<first, count, to>(raw.hi))};
+template <int low_bits, int high_bits, int i>
+inline Quads joined(Raw low, Raw high) {
+  const auto bytes = [](__m256i lower, __m256i upper) {
+    return _mm256_or_si256(bits_of<i * low_bits, low_bits>(lower), bits_of<i * high_bits, high_bits, low_bits>(upper));
+  };
+  return {bytes(low.lo, high.lo), bytes(low.hi, high.hi)};
 }
 template <int first>
 inline Quads look_up(const uint8_t (&table)[16], Raw raw) {
