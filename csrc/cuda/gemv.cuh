@@ -68,7 +68,7 @@ class GemvBlock {
   RECYCLE_DEVICE void prefetch_weights() const {
     if (threadIdx.x < M && blockIdx.x < params_.n_tiles) {
       const Matrix matrix = params_.matrix(threadIdx.x, blockIdx.x);
-      const int64_t bytes = panel_bytes(matrix.format, k_);
+      const int64_t bytes = panel_bytes(format_of(matrix), k_);
       prefetch(matrix.data + params_.panel(blockIdx.x) * bytes, bytes < kMaxPrefetchBytes ? bytes : kMaxPrefetchBytes);
     }
     if (params_.input.norm != nullptr)
@@ -105,6 +105,11 @@ class GemvBlock {
 
  private:
   static constexpr int M = Params::kMatrices;
+
+  // A constant where all matrices have one format.
+  RECYCLE_DEVICE static Format format_of(const Matrix& matrix) {
+    return kFormat == kMixed ? matrix.format : static_cast<Format>(kFormat);
+  }
 
   // scales_[r] = 1 / sqrt(mean(x_r^2) + eps)
   RECYCLE_DEVICE void compute_scales() {
@@ -146,8 +151,8 @@ class GemvBlock {
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       const Matrix matrix = params_.matrix(m, tile);
-      formats[m] = matrix.format;
-      panels[m] = matrix.data + params_.panel(tile) * panel_bytes(matrix.format, k_);
+      formats[m] = format_of(matrix);
+      panels[m] = matrix.data + params_.panel(tile) * panel_bytes(formats[m], k_);
     }
     PanelSums<R, M, kFormat> panel;
     for (int64_t begin = 0; begin < k_; begin += staged_k<R>()) {
@@ -219,6 +224,10 @@ void launch_gemv(Launcher& launcher, const Params& params) {
       return launch_gemv_format<static_cast<int>(Format::q4_0)>(launcher, params);
     case static_cast<int>(Format::q4_1):
       return launch_gemv_format<static_cast<int>(Format::q4_1)>(launcher, params);
+    case static_cast<int>(Format::q4_k):
+      return launch_gemv_format<static_cast<int>(Format::q4_k)>(launcher, params);
+    case static_cast<int>(Format::q6_k):
+      return launch_gemv_format<static_cast<int>(Format::q6_k)>(launcher, params);
     default:
       return launch_gemv_format<kMixed>(launcher, params);
   }
