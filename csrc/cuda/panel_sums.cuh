@@ -77,7 +77,8 @@ class PanelSums {
                                        const float* x) {
     using Line = PanelLine<format>;
     constexpr int K = Line::kColumns;
-    constexpr int U = kUnroll / (kFormat == kMixed ? 2 * M : N) / (Line::kHasUpper ? 2 : 1);
+    constexpr int kLines = kUnroll / (kFormat == kMixed ? 2 * M : N);  // fewer where one function has all formats
+    constexpr int U = Line::kHasUpper && kLines > 1 ? kLines / 2 : kLines;
     const int group = threadIdx.x % kThreadsPerLine;
     // Unsigned: divisions by constants are shifts.
     const auto end_line = static_cast<uint32_t>(end / K);
