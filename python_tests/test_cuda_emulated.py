@@ -105,13 +105,13 @@ def test_row_of_every_format_is_the_same_alone_and_among_others(library, format)
 @pytest.mark.parametrize("formats", [[name] for name in FORMATS] + [list(FORMATS)], ids=",".join)
 def test_verify_step_of_every_format_equals_cpu(library, formats):
     base = dataclasses.replace(
-        SHAPES[1].base, vocab_size=101, hidden_size=256, intermediate_size=768, n_layers=2, n_heads=4, n_kv_heads=2,
+        SHAPES[1].base, vocab_size=101, hidden_size=256, intermediate_size=256, n_layers=1, n_heads=4, n_kv_heads=2,
         tie_word_embeddings=False,
     )  # fmt: skip
     packed = random_model(base, ModuleConfig.like(base, 1, 37), "f32", torch.device("cpu"))
     plan, weights = repacked(packed, formats)
     packed = dataclasses.replace(packed, plan=plan, weights=weights)
-    compare(library, decoder_of(packed, "verify", 2, torch.float32), 3)
+    compare(library, decoder_of(packed, "verify", 1, torch.float32), 2)
 
 
 @pytest.mark.parametrize(

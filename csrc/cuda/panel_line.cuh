@@ -11,6 +11,7 @@ namespace recycle::cuda {
 
 inline constexpr int kOutputsPerThread = 4;
 inline constexpr int kThreadsPerLine = kPanelRows / kOutputsPerThread;
+inline constexpr int kMaxColumnsPerLine = 16;  // of quants with 2 lower bits
 
 // Byte i of `bytes`, minus zero, as a float without the slow conversion: 0x4B000000 is 2^23 as a float, with zeros for
 // low bits.
