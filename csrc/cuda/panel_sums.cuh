@@ -77,8 +77,10 @@ class PanelSums {
                                        const float* x) {
     using Line = PanelLine<format>;
     constexpr int K = Line::kColumns;
-    constexpr int kLines = kUnroll / (kFormat == kMixed ? 2 * M : N);  // fewer where one function has all formats
-    constexpr int U = Line::kHasUpper && kLines > 1 ? kLines / 2 : kLines;
+    // Lines of a matrix in an iteration: fewer where a kernel has all formats or eight rows, or would spill registers.
+    constexpr int kLines = kUnroll / (kFormat == kMixed ? 2 * M : R == 8 ? 2 : N);
+    constexpr bool kHalf = Line::kHasUpper || (R == 2 && N == 2 && Line::kQ.has_minimum());
+    constexpr int U = kHalf && kLines > 1 ? kLines / 2 : kLines;
     const int group = threadIdx.x % kThreadsPerLine;
     // Unsigned: divisions by constants are shifts.
     const auto end_line = static_cast<uint32_t>(end / K);
