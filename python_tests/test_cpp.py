@@ -1,7 +1,7 @@
 """The C++ code without torch, tested in C++ under sanitizers: python_tests/cpp.
 
 AddressSanitizer and UndefinedBehaviorSanitizer see every test; ThreadSanitizer the thread pool and whole decode steps.
-On a processor with AVX2 alone a third program runs the AVX-512 kernels, their instructions emulated by loops.
+On a processor with AVX2 alone a third program runs the AVX-VNNI and AVX-512 kernels, their instructions emulated by loops.
 """
 
 from __future__ import annotations
@@ -25,22 +25,27 @@ COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") o
 FLAGS = "-std=c++20 -g1 -ffp-contract=off -fno-sanitize-recover=all"
 # -O0: optimizing the kernels under AddressSanitizer takes minutes.
 SANITIZERS = {"address": "-O0 -fsanitize=address,undefined", "thread": "-O1 -Wno-tsan -fsanitize=thread"}
-# The emulated AVX-512 and the AVX2 kernels, told that the processor has both.
-EMULATED = f"-O1 -Wno-psabi -Wno-ignored-attributes -isystem {TESTS / 'emulated_avx512'} -D__builtin_cpu_supports(x)=1"
+# The emulated AVX-VNNI and AVX-512 kernels and the others, told that the processor has all.
+EMULATED = f"-O1 -Wno-psabi -Wno-ignored-attributes -isystem {TESTS / 'emulated_avx'} -D__builtin_cpu_supports(x)=1"
 TESTS_OF = {
     "address": sorted(TESTS.glob("*.cpp")),
     "thread": [TESTS / "main.cpp", TESTS / "test_steps.cpp", TESTS / "test_threads.cpp"],
     "emulated": [TESTS / "main.cpp", TESTS / "test_kernels.cpp", TESTS / "test_steps.cpp"],
 }
 _AVX2 = "-mavx2 -mfma -mf16c"
-ISA_FLAGS = {"generic": "", "avx2": _AVX2, "avx512": f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni"}
+ISA_FLAGS = {
+    "generic": "",
+    "avx2": _AVX2,
+    "avxvnni": f"{_AVX2} -mavxvnni",
+    "avx512": f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni",
+}
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
 
 def sources(program: str) -> dict[Path, str]:
     """Each source file of the program, the kernels (which take longest) first, and its own flags."""
-    flags = ISA_FLAGS | {"avx512": _AVX2} if program == "emulated" else ISA_FLAGS
+    flags = ISA_FLAGS | {"avxvnni": _AVX2, "avx512": _AVX2} if program == "emulated" else ISA_FLAGS
     isas = ISA_FLAGS if program == "emulated" else _C.runnable_isas()
     kernels = {CSRC / "cpu" / "kernels" / f"kernels_{isa}.cpp": flags[isa] for isa in isas}
     have = " ".join(f"-DRECYCLE_HAVE_{isa.upper()}" for isa in isas if isa != "generic")
@@ -109,7 +114,7 @@ def test_cpp_tests_pass_under_the_sanitizer(sanitizer, folder):
     assert_passes(sanitizer, folder)
 
 
-@pytest.mark.skipif("avx2" not in _C.runnable_isas(), reason="the emulation of AVX-512 needs AVX2")
+@pytest.mark.skipif("avx2" not in _C.runnable_isas(), reason="the emulation needs AVX2")
 @pytest.mark.skipif("avx512" in _C.runnable_isas(), reason="this processor has AVX-512: its kernels are tested above")
-def test_emulated_avx512_kernels_pass(folder):
+def test_emulated_vector_kernels_pass(folder):
     assert_passes("emulated", folder)

@@ -89,7 +89,7 @@ int64_t scratch_bytes(const py::buffer& plan, const py::buffer& weights, int64_t
 }
 
 std::vector<std::string> runnable_isas() {
-  const char* names[3];
+  const char* names[recycle::kMaxIsas];
   const int count = recycle::runnable_isas(names);
   return {names, names + count};
 }

@@ -107,10 +107,11 @@ struct Kernels {
 
 // The table in use: the best that this processor can run, unless force_isa() has chosen another.
 const Kernels& kernels();
-// "generic", "avx2" or "avx512"; null: the best. False if this build or this processor lacks it. Waits for the
+// "generic", "avx2", "avxvnni" or "avx512"; null: the best. False if this build or this processor lacks it. Waits for the
 // parallel() that runs.
 bool force_isa(const char* name);
 // Instruction sets that this build has and this processor can run, best last; returns how many.
-int runnable_isas(const char* names[3]);
+inline constexpr int kMaxIsas = 4;
+int runnable_isas(const char* names[kMaxIsas]);
 
 }  // namespace recycle

@@ -50,7 +50,7 @@ TEST(tokens_are_the_same_for_any_number_of_threads) {
 }
 
 TEST(greedy_verify_writes_what_standard_writes) {
-  const char* names[3];
+  const char* names[kMaxIsas];
   const int count = runnable_isas(names);
   for (int isa = 0; isa < count; ++isa) {
     CHECK(force_isa(names[isa]));

@@ -122,7 +122,7 @@ struct GroupSums {
     if constexpr (has_table(format))
       return look_up<i * 4>(kUnsignedIq4Values.at, low);
     else if constexpr (kQ.high_bits > 0)
-      return with_field<i * kQ.high_bits, kQ.high_bits, kQ.low_bits>(field<i * kQ.low_bits, kQ.low_bits>(low), high);
+      return joined<kQ.low_bits, kQ.high_bits, i>(low, high);
     else
       return field<i * kQ.low_bits, kQ.low_bits>(low);
   }

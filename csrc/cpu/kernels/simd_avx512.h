@@ -137,9 +137,9 @@ template <int first, int count>
 inline Quads field(Raw raw) {
   return {bits_of<first, count>(raw.v)};
 }
-template <int first, int count, int to>
-inline Quads with_field(Quads low, Raw raw) {
-  return {_mm512_or_si512(low.v, bits_of<first, count, to>(raw.v))};
+template <int low_bits, int high_bits, int i>
+inline Quads joined(Raw low, Raw high) {
+  return {_mm512_or_si512(bits_of<i * low_bits, low_bits>(low.v), bits_of<i * high_bits, high_bits, low_bits>(high.v))};
 }
 inline Raw shifted_right(Raw raw, int count) { return {_mm512_srl_epi16(raw.v, _mm_cvtsi32_si128(count))}; }
 template <int first>

@@ -165,12 +165,12 @@ inline Quads field(const Raw& raw) {
   for (int i = 0; i < 16; ++i) out.v[i] = raw.v[i] >> first & 0x01010101u * ((1u << count) - 1);
   return out;
 }
-// The same as bits [to, to + count) beside those of `low`.
-template <int first, int count, int to>
-inline Quads with_field(const Quads& low, const Raw& raw) {
-  const Quads high = field<first, count>(raw);
+// Field i of low_bits bits of each byte of `low`, and above these bits field i of high_bits bits of `high`.
+template <int low_bits, int high_bits, int i>
+inline Quads joined(const Raw& low, const Raw& high) {
+  const Quads lower = field<i * low_bits, low_bits>(low), upper = field<i * high_bits, high_bits>(high);
   Quads out;
-  for (int i = 0; i < 16; ++i) out.v[i] = low.v[i] | high.v[i] << to;
+  for (int lane = 0; lane < 16; ++lane) out.v[lane] = lower.v[lane] | upper.v[lane] << low_bits;
   return out;
 }
 // Bits [count, 8) of each byte as its lowest bits; what is above these is undefined.

@@ -1,5 +1,5 @@
-// The AVX-512 instructions that csrc/cpu/kernels/simd_avx512.h uses, as loops: its kernels can then be tested on a
-// processor that has AVX2 alone. Intel's Intrinsics Guide defines each; the compiler's own declarations are hidden.
+// The instructions of AVX-512 and AVX-VNNI that csrc/cpu/kernels/simd_avx512.h and simd_avxvnni.h use, as loops: their
+// kernels can then be tested on a processor that has AVX2 alone. Intel's Intrinsics Guide defines each; the compiler's own declarations are hidden.
 #pragma once
 
 #include_next <immintrin.h>
@@ -201,6 +201,13 @@ inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
     return out;
   }));
 }
+inline __m256i dpbusd_avx_epi32(__m256i sum, __m256i a, __m256i b) {
+  const auto twice = [](__m256i half) {
+    const std::array<__m256i, 2> halves = {half, half};
+    return std::bit_cast<__m512i>(halves);
+  };
+  return _mm256_castps_si256(half_of(castsi512_ps(dpbusd_epi32(twice(sum), twice(a), twice(b))), 0));
+}
 
 }  // namespace emulated
 
@@ -255,3 +262,4 @@ inline __m512i dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
 #define _mm512_unpacklo_epi64(a, b) emulated::unpack<uint64_t>(a, b, 0)
 #define _mm512_unpackhi_epi64(a, b) emulated::unpack<uint64_t>(a, b, 1)
 #define _mm512_dpbusd_epi32 emulated::dpbusd_epi32
+#define _mm256_dpbusd_avx_epi32 emulated::dpbusd_avx_epi32
