@@ -2,7 +2,7 @@
 #include <vector>
 
 #include "emulator.h"
-#include "kernels.h"
+#include "gemv.cuh"
 #include "ops.h"
 #include "recycle/decode_step.h"
 #include "recycle/model.h"
