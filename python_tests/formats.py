@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import gguf
 import numpy as np
 import torch
 from torch import Tensor
 
 from recycle_ext.checkpoint.tensor_source import BLOCKS
-from recycle_ext.weights.layout import CONVERTED_TO, QUANTIZATIONS, convert_rows, matrix_bytes, pack_rows
+from recycle_ext.weights.layout import (
+    CONVERTED_TO,
+    FORMATS,
+    QUANTIZATIONS,
+    Matrix,
+    convert_rows,
+    matrix_bytes,
+    pack_rows,
+)
+from recycle_ext.weights.pack import PackedModel
+from recycle_ext.weights.plan import read_plan
 
 # Where a GGUF block has its half scale, and its half minimum with the minimum's size relative to the scale: the weights
 # of random bytes then have a mean near 0.
@@ -75,3 +88,26 @@ def converted_matrix(values: Tensor, format: str) -> tuple[Tensor, Tensor]:
     assert format in CONVERTED_TO
     rows = convert_rows(values, format)
     return packed(rows, format, values.shape[1]), dequantized(rows, format)
+
+
+def in_formats(packed: PackedModel, formats: list[str], generator: torch.Generator) -> PackedModel:
+    """The model, in f32 and with a head of its own, with other random matrices: of these formats in turn.
+
+    A matrix whose rows fit none of them is q8_0.
+    """
+    view = read_plan(packed.weights, packed.plan)
+    stacks = [view.stack] + ([view.module.stack] if view.module else [])
+    found = [value for stack in stacks for layer in stack.layers for value in vars(layer).values()]
+    found += [view.embedding, view.head] + ([view.module.input_proj, view.module.head] if view.module else [])
+    plan, parts = packed.plan.tolist(), [packed.weights]
+    size, cycle = len(packed.weights), itertools.cycle(formats)
+    for matrix in (value for value in found if isinstance(value, Matrix)):
+        fitting = (name for name in itertools.islice(cycle, len(formats)) if columns(name, matrix.k) == matrix.k)
+        chosen = next(fitting, "q8_0")
+        entry = [matrix.offset, FORMATS[matrix.format], matrix.n, matrix.k]
+        at = next(i for i in range(len(plan)) if plan[i : i + 4] == entry)
+        replacement, _ = random_matrix(chosen, matrix.n, matrix.k, generator)
+        plan[at : at + 2] = [size, FORMATS[chosen]]
+        parts += [replacement, torch.zeros(-len(replacement) % 64, dtype=torch.uint8)]
+        size += len(replacement) + -len(replacement) % 64
+    return dataclasses.replace(packed, plan=torch.tensor(plan), weights=torch.cat(parts), shared={})

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from formats import columns, random_matrix
+from formats import columns, in_formats, random_matrix
 from torch import Tensor
 
 from recycle_ext.bench.random_model import SHAPES, random_model
 from recycle_ext.checkpoint.config import ModuleConfig
 from recycle_ext.decoding.decoder import MODES
-from recycle_ext.weights.layout import FORMATS, QUANTIZATIONS, Matrix
-from recycle_ext.weights.pack import PackedModel
+from recycle_ext.weights.layout import FORMATS, QUANTIZATIONS
 from recycle_ext.weights.plan import read_plan
 
 CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -60,27 +59,6 @@ def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-def repacked(packed: PackedModel, formats: list[str]) -> tuple[Tensor, Tensor]:
-    """plan and weights of a model, f32 and its head not tied, with other random matrices: of these formats in turn."""
-    view = read_plan(packed.weights, packed.plan)
-    stacks = [view.stack] + ([view.module.stack] if view.module else [])
-    found = [value for stack in stacks for layer in stack.layers for value in vars(layer).values()]
-    found += [view.embedding, view.head] + ([view.module.input_proj, view.module.head] if view.module else [])
-    plan, parts = packed.plan.tolist(), [packed.weights]
-    size = len(packed.weights)
-    generator, cycle = torch.Generator().manual_seed(7), itertools.cycle(formats)
-    for matrix in (value for value in found if isinstance(value, Matrix)):
-        fitting = (name for name in itertools.islice(cycle, len(formats)) if columns(name, matrix.k) == matrix.k)
-        chosen = next(fitting, "q8_0")
-        entry = [matrix.offset, FORMATS[matrix.format], matrix.n, matrix.k]
-        at = next(i for i in range(len(plan)) if plan[i : i + 4] == entry)
-        replacement, _ = random_matrix(chosen, matrix.n, matrix.k, generator)
-        plan[at : at + 2] = [size, FORMATS[chosen]]
-        parts += [replacement, torch.zeros(-len(replacement) % 64, dtype=torch.uint8)]
-        size += len(replacement) + -len(replacement) % 64
-    return torch.tensor(plan), torch.cat(parts)
-
-
 @functools.cache
 def model(format: str, with_module: bool = True) -> tuple[Tensor, Tensor]:
     """plan and weights of one layer, with biases and norms everywhere; a draft vocabulary that ascends in jumps."""
@@ -94,7 +72,8 @@ def model(format: str, with_module: bool = True) -> tuple[Tensor, Tensor]:
     view = read_plan(packed.weights, packed.plan)
     if view.module is not None:
         view.module.draft_vocab.copy_(torch.arange(DRAFT_VOCAB) * 2 + 1)
-    return repacked(packed, formats)
+    repacked = in_formats(packed, formats, torch.Generator().manual_seed(7))
+    return repacked.plan, repacked.weights
 
 
 def step(
