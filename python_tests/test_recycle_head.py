@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from tolerance import assert_as_good_as, error
 
 from recycle_ext import _C
-from recycle_ext.checkpoint.tensor_source import BLOCKS
+from recycle_ext.checkpoint.tensor_source import BLOCKS, FLOAT_DTYPES
 from recycle_ext.reference import ops as reference_ops
-from recycle_ext.weights.layout import FORMATS, convert_rows, pack_matrix
+from recycle_ext.weights.layout import FORMATS, pack_matrix
 
 EPS = 1e-5
 
 
 def dequantized(matrix: torch.Tensor, format: str) -> torch.Tensor:
     """The exact values of the packed matrix, float64 [n, k], by gguf, the library that defines the formats."""
-    rows = convert_rows(matrix, format)
-    if rows.is_floating_point():
-        return rows.double()
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    values = dequantize(rows.numpy(), GGMLQuantizationType[format.upper()])
-    return torch.from_numpy(values).double()
+    if format in FLOAT_DTYPES:
+        return matrix.to(FLOAT_DTYPES[format]).double()
+    kind = GGMLQuantizationType[format.upper()]
+    return torch.from_numpy(dequantize(quantize(matrix.numpy(), kind), kind)).double()
 
 
 def case(rows: int, d: int, n_vocab: int, format: str):

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recycle_ext import _C
 from recycle_ext.errors import RecycleError
-from recycle_ext.weights.layout import FORMATS, Matrix, convert_rows, matrix_bytes, pack_matrix, pack_rows
+from recycle_ext.weights.layout import FORMATS, Matrix, matrix_bytes, pack_matrix, pack_rows
 
 
 # A panel is 16 rows. A quantized one has lines of 64 bytes of scales (and minima): a line serves two blocks of 32
@@ -61,8 +61,8 @@ def test_matrix_packed_piece_by_piece_is_the_matrix_packed_at_once(format, k):
     # Where an odd number of blocks leaves half a line of scales unused, the bytes stay as they were.
     pieces, whole = torch.full((2, matrix_bytes(format, n, k)), 255, dtype=torch.uint8)
     for start, stop in ((32, 53), (0, 16), (16, 32)):
-        pack_rows(convert_rows(matrix[start:stop], format), format, n, k, start, pieces)
-    pack_rows(convert_rows(matrix, format), format, n, k, 0, whole)
+        pack_rows(matrix[start:stop], "f32", format, n, k, start, pieces)
+    pack_rows(matrix, "f32", format, n, k, 0, whole)
     assert torch.equal(pieces, whole)
     exact = dequantized(matrix, format)
     packed = Matrix(pieces, 0, format, n, k)
@@ -74,7 +74,7 @@ def test_piece_that_is_no_whole_panel_is_refused(start, stop):
     rows = torch.zeros(stop - start, 32)
     packed = torch.zeros(matrix_bytes("f32", 53, 32), dtype=torch.uint8)
     with pytest.raises(ValueError, match="begin at a multiple of 16 and end at one or at the last"):
-        pack_rows(rows, "f32", 53, 32, start, packed)
+        pack_rows(rows, "f32", "f32", 53, 32, start, packed)
 
 
 @pytest.mark.parametrize("format", FORMATS)
