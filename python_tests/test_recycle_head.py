@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gguf import GGMLQuantizationType
-from gguf.quants import dequantize, quantize
+from formats import columns, random_matrix
 from tolerance import assert_as_good_as, error
 
 from recycle_ext import _C
-from recycle_ext.checkpoint.tensor_source import BLOCKS, FLOAT_DTYPES
+from recycle_ext.checkpoint.tensor_source import BLOCKS
 from recycle_ext.reference import ops as reference_ops
 from recycle_ext.weights.layout import FORMATS, pack_matrix
 
 EPS = 1e-5
 
 
-def dequantized(matrix: torch.Tensor, format: str) -> torch.Tensor:
-    """The exact values of the packed matrix, float64 [n, k], by gguf, the library that defines the formats."""
-    if format in FLOAT_DTYPES:
-        return matrix.to(FLOAT_DTYPES[format]).double()
-    kind = GGMLQuantizationType[format.upper()]
-    return torch.from_numpy(dequantize(quantize(matrix.numpy(), kind), kind)).double()
-
-
 def case(rows: int, d: int, n_vocab: int, format: str):
+    d = columns(format, d)
     generator = torch.Generator().manual_seed(rows + d + n_vocab)
     hidden = torch.randn(rows, d, generator=generator)
     norm = 1 + 0.1 * torch.randn(d, generator=generator)
-    matrix = torch.randn(n_vocab, d, generator=generator) / d**0.5
-    return hidden, norm, pack_matrix(matrix, format), dequantized(matrix, format)
+    return hidden, norm, *random_matrix(format, n_vocab, d, generator)
 
 
 def call(hidden, norm, packed, format, n_vocab, temperature=0.0, top_k=0, top_p=1.0, seeds=None):

@@ -50,20 +50,21 @@ def matrix_bytes(format: str, n: int, k: int) -> int:
 
 def pack_rows(
     rows: Tensor,
-    source_format: str,
     format: str,
     n: int,
     k: int,
     first: int,
     packed: Tensor,
+    source_format: str | None = None,
     threads: int | None = None,
 ) -> None:
-    """Packs rows ``first``.. (a multiple of 16) of a matrix [n, k] into ``packed`` uint8, and converts their format.
+    """Packs rows ``first``.. (a multiple of 16) of a matrix [n, k] into ``packed`` uint8, the whole matrix.
 
-    rows: a float tensor [rows, k], or the blocks of GGUF, uint8.
+    rows: a float tensor [rows, k], or the blocks of GGUF, uint8. source_format: their format, from which they are
+    converted; None: ``format``. threads: None: _C.n_threads().
     """
-    numbers = FORMATS[source_format], FORMATS[format]
-    _C.pack_rows(numbers[0], bytes_of(rows), numbers[1], n, k, first, packed.numpy(), threads)
+    source = FORMATS[format if source_format is None else source_format]
+    _C.pack_rows(source, bytes_of(rows), FORMATS[format], n, k, first, packed.numpy(), threads)
 
 
 def pack_matrix(matrix: Tensor, format: str) -> Tensor:
@@ -75,7 +76,7 @@ def pack_matrix(matrix: Tensor, format: str) -> Tensor:
         raise RecycleError(f"format is {format!r}; it must be one of {', '.join(CONVERTED_TO)}")
     n, k = matrix.shape
     packed = torch.empty(matrix_bytes(format, n, k), dtype=torch.uint8, device="cpu")
-    pack_rows(matrix.float(), "f32", format, n, k, 0, packed)
+    pack_rows(matrix.float(), format, n, k, 0, packed, "f32")
     return packed
 
 
@@ -162,7 +163,7 @@ class Matrix:
             group_scale, group_minimum = _group_scales(self.format, integers)
             scale, minimum = halves[:, :, :1] * group_scale, -minimum * group_minimum
         if self.format in ("iq4_nl", "iq4_xs"):
-            values = torch.tensor(_IQ4_VALUES, dtype=torch.float32, device=values.device)[values.long()]
+            values = torch.tensor(_IQ4_VALUES, dtype=torch.float32, device=values.device).take(values.long())
         else:
             values = values.float() - (0 if q.zero_point_bits < 0 else 1 << q.zero_point_bits)
         # Four columns in a row are a quad: [selected, groups, scales, quads, 16 or 1, 4].

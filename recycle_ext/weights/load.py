@@ -44,7 +44,7 @@ class Loader:
                 stop = min(start + rows, n)
                 if by_gguf:
                     values = _float_rows(source, start, stop, ids)
-                    pack_rows(values, "f32", format, n, k, start, packed, self.threads)
+                    pack_rows(values, format, n, k, start, packed, "f32", self.threads)
                 else:
                     end = _C.load_rows(
                         file=file.fileno(),
