@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "file_blocks.h"
 #include "recycle/numbers.h"
@@ -102,47 +104,58 @@ void store_quants(const uint8_t* quants, uint8_t* at) {
   }
 }
 
+// quants[i] = the whole part of quotient(i), 32 times. are_finite: no quotient is a NaN or infinite.
+template <class Quotient>
+void store_whole_parts(bool are_finite, const Quotient& quotient, uint8_t* quants) {
+  if (are_finite)
+    for (int i = 0; i < 32; ++i) quants[i] = static_cast<uint8_t>(static_cast<int32_t>(quotient(i)));
+  else
+    for (int i = 0; i < 32; ++i) quants[i] = static_cast<uint8_t>(static_cast<int32_t>(finite(quotient(i))));
+}
+
 template <Format format>
 void quantize_block(const float* values, uint8_t* block) {
   constexpr Quantization q = quantization(format);
-  constexpr int bits = q.low_bits + q.high_bits, max_quant = (1 << bits) - 1;
+  constexpr int bits = q.low_bits + q.high_bits;
+  constexpr uint8_t max_quant = (1 << bits) - 1;
+  constexpr float infinity = std::numeric_limits<float>::infinity();
   uint8_t quants[32];
   if constexpr (format == Format::q8_0) {
-    const float scale = max_magnitude(values) / 127, inv_scale = inverse(scale);
-    for (int i = 0; i < 32; ++i) {
-      // Rounds half away from zero.
-      const int32_t quotient = std::bit_cast<int32_t>(finite(values[i] * inv_scale));
-      const float magnitude = std::bit_cast<float>(quotient & 0x7FFFFFFF);
-      const int32_t whole = static_cast<int32_t>(magnitude);
-      const int32_t rounded = whole + static_cast<int32_t>(magnitude - static_cast<float>(whole) >= 0.5f);
-      const int32_t sign = quotient >> 31;
-      quants[i] = static_cast<uint8_t>((rounded ^ sign) - sign);
-    }
+    const float magnitude = max_magnitude(values), scale = magnitude / 127, inv_scale = inverse(scale);
+    // Half away from zero is rounded by the addition of the float below 0.5: 0.5 itself would lift that float to 1.
+    const auto rounded = [&](int i) {
+      const float quotient = values[i] * inv_scale;
+      const uint32_t sign = std::bit_cast<uint32_t>(quotient) & 0x80000000;
+      return quotient + std::bit_cast<float>(sign | 0x3EFFFFFF);
+    };
+    store_whole_parts(magnitude < infinity && inv_scale < infinity, rounded, quants);
     store_half(scale, block);
     std::memcpy(block + 2, quants, 32);
-  } else if constexpr (q.has_minimum()) {
+    return;
+  }
+  float scale;
+  if constexpr (q.has_minimum()) {
     float min, max;
     min_and_max(values, &min, &max);
-    const float scale = (max - min) / max_quant, inv_scale = inverse(scale);
-    for (int i = 0; i < 32; ++i)
-      quants[i] =
-          static_cast<uint8_t>(std::min(static_cast<int32_t>(finite((values[i] - min) * inv_scale + 0.5f)), max_quant));
-    store_half(scale, block);
+    scale = (max - min) / max_quant;
+    const float inv_scale = inverse(scale);
+    const bool are_finite = scale < infinity && inv_scale < infinity;
+    store_whole_parts(are_finite, [&](int i) { return (values[i] - min) * inv_scale + 0.5f; }, quants);
     store_half(min, block + 2);
-    store_quants<bits>(quants, block + 4 + q.high_bits * 4);
   } else {
     // The value of the largest magnitude, the first of several, has the lowest quant.
-    const float magnitude = max_magnitude(values);
+    const uint32_t magnitude = std::bit_cast<uint32_t>(max_magnitude(values));
     int at = 0;
-    while (at < 31 && (std::bit_cast<uint32_t>(values[at]) & 0x7FFFFFFF) != std::bit_cast<uint32_t>(magnitude)) ++at;
+    while (at < 31 && (std::bit_cast<uint32_t>(values[at]) & 0x7FFFFFFF) != magnitude) ++at;
     constexpr int zero_point = 1 << q.zero_point_bits;
-    const float scale = values[at] / -zero_point, inv_scale = inverse(scale);
-    for (int i = 0; i < 32; ++i)
-      quants[i] = static_cast<uint8_t>(
-          std::min(static_cast<int32_t>(finite(values[i] * inv_scale + (zero_point + 0.5f))), max_quant));
-    store_half(scale, block);
-    store_quants<bits>(quants, block + 2 + q.high_bits * 4);
+    scale = values[at] / -zero_point;
+    const float inv_scale = inverse(scale);
+    const bool are_finite = std::abs(scale) < infinity && std::abs(inv_scale) < infinity;
+    store_whole_parts(are_finite, [&](int i) { return values[i] * inv_scale + (zero_point + 0.5f); }, quants);
   }
+  for (uint8_t& quant : quants) quant = std::min(quant, max_quant);
+  store_half(scale, block);
+  store_quants<bits>(quants, block + (q.has_minimum() ? 4 : 2) + q.high_bits * 4);
 }
 
 }  // namespace
