@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -234,14 +235,15 @@ def of_type(name: str, old: int, new: int) -> tuple[bytes, bytes]:
 
 def test_model_larger_than_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
     base = write_base(tmp_path / "base")
-    size = pack_model(base).weights.numel()
-    monkeypatch.setattr(Loader, "load", lambda *_: pytest.fail("a matrix was read"))
-    monkeypatch.setattr(_C, "available_memory", lambda: size - 1)
-    with pytest.raises(RecycleError, match=r"the weights take 0\.0 GB in memory, and 0\.0 GB are available"):
-        pack_model(base)
-    monkeypatch.undo()
+    size, size_in_q8 = (pack_model(base, dtype=dtype).weights.numel() for dtype in (None, "q8"))
     monkeypatch.setattr(_C, "available_memory", lambda: size)
     pack_model(base)
+    monkeypatch.setattr(Loader, "load", lambda *_: pytest.fail("a matrix was read"))
+    sizes = r"the weights take 0\.00 GB in memory, and 0\.00 GB are available"
+    for available, remedy in ((size - 1, r"; dtype q8 \(0\.00 GB\) or q4 \(0\.00 GB\) fits"), (size_in_q8 // 4, "")):
+        monkeypatch.setattr(_C, "available_memory", lambda available=available: available)
+        with pytest.raises(RecycleError, match=f"{base.path}: {sizes}{remedy}$"):
+            pack_model(base)
 
 
 MEMINFO = "MemTotal:       8000 kB\nMemFree:        1000 kB\nMemAvailable:   6000 kB\n"
@@ -323,3 +325,12 @@ def test_progress_is_shown_on_a_terminal_where_asked_for(tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "stderr", stream())
     load(default_model, module="none", progress=progress)
     assert ("loading SmolLM2" in sys.stderr.getvalue()) == shown
+
+
+def test_import_brings_neither_torch_compiler_nor_gguf():
+    """They take seconds, and no load of a model with known types needs them."""
+    code = "import sys, recycle_ext; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = done.stdout.split()
+    assert "recycle_ext.weights.load" in modules
+    assert not {"torch._dynamo", "sympy", "gguf", "jinja2", "huggingface_hub"} & set(modules)

@@ -91,8 +91,7 @@ def pack_model(
         raise RecycleError(f"module is {shown(module)}; pack_model needs what open_module returns, or None")
     check_dtypes(dtype, module_dtype)
     check_sizes(base.config, base.path)
-    size = describe(base, module, dtype, module_dtype).weights_bytes
-    _check_memory(base, size)
+    size = _size_within_memory(base, module, dtype, module_dtype)
     if dtype is None:
         _warn_of_other_types(base)
     weights = torch.empty(size, dtype=torch.uint8, device="cpu")
@@ -102,14 +101,20 @@ def pack_model(
         return describe(base, module, dtype, module_dtype, weights, loader).packed_model(weights)
 
 
-def _check_memory(base: Checkpoint, size: int) -> None:
-    """Raises RecycleError where ``size`` bytes of packed weights are more than the available memory."""
+def _size_within_memory(
+    base: Checkpoint, module: ModuleCheckpoint | None, dtype: str | None, module_dtype: str | None
+) -> int:
+    """Bytes of the packed weights. Raises RecycleError where they are more than the available memory."""
+    size = describe(base, module, dtype, module_dtype).weights_bytes
     available = _C.available_memory()
-    if available is not None and size > available:
-        raise RecycleError(
-            f"{base.path}: the weights take {size / 1e9:.1f} GB in memory, and {available / 1e9:.1f} GB are available; "
-            "dtype q8 or q4 makes weights smaller that the file has in more bits"
-        )
+    if available is None or size <= available:
+        return size
+    smaller = {name: describe(base, module, name, module_dtype).weights_bytes for name in ("q8", "q4")}
+    fitting = [f"{name} ({bytes / 1e9:.2f} GB)" for name, bytes in smaller.items() if bytes <= available]
+    remedy = f"; dtype {' or '.join(fitting)} fits" if fitting else ""
+    raise RecycleError(
+        f"{base.path}: the weights take {size / 1e9:.2f} GB in memory, and {available / 1e9:.2f} GB are available{remedy}"
+    )
 
 
 def _warn_of_other_types(base: Checkpoint) -> None:
