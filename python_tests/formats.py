@@ -10,16 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recycle_ext.checkpoint.tensor_source import BLOCKS
-from recycle_ext.weights.layout import (
-    CONVERTED_TO,
-    FORMATS,
-    QUANTIZATIONS,
-    Matrix,
-    convert_rows,
-    matrix_bytes,
-    pack_rows,
-)
+from recycle_ext.checkpoint.tensor_source import BLOCKS, FLOAT_DTYPES
+from recycle_ext.weights.layout import CONVERTED_TO, FORMATS, QUANTIZATIONS, Matrix, matrix_bytes, pack_rows
 from recycle_ext.weights.pack import PackedModel
 from recycle_ext.weights.plan import read_plan
 
@@ -50,10 +42,17 @@ def dequantized(rows: Tensor, format: str) -> Tensor:
     return torch.from_numpy(gguf.quants.dequantize(rows.numpy(), kind)).double()
 
 
+def converted_rows(values: Tensor, format: str) -> Tensor:
+    """float32 [n, k] -> rows of a format of CONVERTED_TO, by torch's casts and gguf's quantizers."""
+    if format in FLOAT_DTYPES:
+        return values.to(FLOAT_DTYPES[format])
+    return torch.from_numpy(gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType(BLOCKS[format][0])))
+
+
 def random_rows(format: str, n: int, k: int, generator: torch.Generator) -> Tensor:
     """Rows as a checkpoint holds them, of weights around 1 / sqrt(k): floats [n, k], or uint8 [n, bytes]."""
     if format not in BLOCKS:
-        return convert_rows(torch.randn(n, k, generator=generator) / k**0.5, format)
+        return converted_rows(torch.randn(n, k, generator=generator) / k**0.5, format)
     _, block, size = BLOCKS[format]
     rows = torch.randint(0, 256, (n, k // block, size), generator=generator).to(torch.uint8).numpy()
     spread = torch.rand(n, k // block, generator=generator).numpy() + 0.5
@@ -86,7 +85,7 @@ def random_matrix(format: str, n: int, k: int, generator: torch.Generator) -> tu
 def converted_matrix(values: Tensor, format: str) -> tuple[Tensor, Tensor]:
     """The same for float values [n, k]; format: of CONVERTED_TO."""
     assert format in CONVERTED_TO
-    rows = convert_rows(values, format)
+    rows = converted_rows(values, format)
     return packed(rows, format, values.shape[1]), dequantized(rows, format)
 
 

@@ -34,7 +34,9 @@ FOLDERS = ("csrc/cpu", "csrc/cuda", "recycle_ext")
 SECONDS = 900  # for the tests of one mutant; a mutant that hangs is noticed
 
 # By the beginning of the mutant's path, the longest that fits: the tests that run.
-KERNELS = "attention_decode recycle_head weights_layout decode_step sampling lossless parallel instruction_sets cpp"
+KERNELS = (
+    "attention_decode recycle_head weights_layout loading decode_step sampling lossless parallel instruction_sets cpp"
+)
 FILES = "huggingface gguf module_directory tokenizer default_model fingerprint generate"
 TESTS = {
     "csrc/cpu": f"{KERNELS} op_arguments guard_pages measuring info",

@@ -1,133 +1,39 @@
-// Packing: from rows, as checkpoints hold them, to panels, as the kernels read them (format.h). Packing runs once,
-// at load, bounded by the instructions that take the bits of a GGUF block apart and put them together again.
+// Packing: from rows, as files hold them, to panels, as the kernels read them (format.h). Packing runs once, at load, and
+// must keep up with the page cache. So it takes bits apart and puts them together again in 64-bit words, and goes
+// through the 16 rows of a panel block by block: the part of the panel that it writes stays in the L1 cache.
+//
 // unpack_row() goes the other way: it looks up an embedding in a matrix that is also the output head.
 #include "pack.h"
 
 #include <algorithm>
 #include <cstring>
-#include <utility>
 
+#include "file_blocks.h"
 #include "recycle/format.h"
-#include "recycle/numbers.h"
 
 namespace recycle {
 
 namespace {
 
-// body.template operator()<format>(): a format known at run time becomes a constant.
-template <class Body>
-void with_format(Format format, Body body) {
-  const auto try_formats = [&]<int... f>(std::integer_sequence<int, f...>) {
-    ((static_cast<int>(format) == f ? body.template operator()<static_cast<Format>(f)>() : void()), ...);
-  };
-  try_formats(std::make_integer_sequence<int, kFormats>());
-}
-
-// The quants of a GGUF block in the order of its columns, unsigned. `first` is where the block has them; `low` columns
-// are in the lower halves of as many bytes, and the next `low` columns in the upper halves.
-void read_nibbles(const uint8_t* first, int64_t low, uint8_t* quants) {
-  for (int64_t i = 0; i < low; ++i) quants[i] = first[i] & 15;
-  for (int64_t i = 0; i < low; ++i) quants[low + i] = first[i] >> 4;
-}
-
-// The fifth bit of 32 quants: bit i of a word.
-void add_fifth_bits(const uint8_t* word, uint8_t* quants) {
-  uint32_t bits;
-  std::memcpy(&bits, word, 4);
-  for (int i = 0; i < 32; ++i) quants[i] |= static_cast<uint8_t>((bits >> i & 1) << 4);
-}
-
-// The K-quants: bits [from, from + count) of 32 bytes belong to 32 columns; they become bits `to`.. of the quants.
-template <int count, int to>
-void add_bits(const uint8_t* bytes, int from, uint8_t* quants) {
-  for (int i = 0; i < 32; ++i) quants[i] |= static_cast<uint8_t>((bytes[i] >> from & ((1 << count) - 1)) << to);
-}
-
-template <Format format>
-void read_quants(const uint8_t* block, uint8_t* quants) {
-  if constexpr (format == Format::q8_0) {
-    for (int i = 0; i < 32; ++i) quants[i] = block[2 + i] ^ 128;  // + 128
-  } else if constexpr (format == Format::q4_0 || format == Format::iq4_nl) {
-    read_nibbles(block + 2, 16, quants);
-  } else if constexpr (format == Format::q4_1) {
-    read_nibbles(block + 4, 16, quants);
-  } else if constexpr (format == Format::q5_0 || format == Format::q5_1) {
-    constexpr int at = format == Format::q5_0 ? 2 : 4;
-    read_nibbles(block + at + 4, 16, quants);
-    add_fifth_bits(block + at, quants);
-  } else if constexpr (format == Format::iq4_xs) {
-    for (int part = 0; part < 8; ++part) read_nibbles(block + 8 + part * 16, 16, quants + part * 32);
-  } else if constexpr (format == Format::q4_k || format == Format::q5_k) {
-    constexpr int at = format == Format::q4_k ? 16 : 48;
-    for (int part = 0; part < 4; ++part) read_nibbles(block + at + part * 32, 32, quants + part * 64);
-    if constexpr (format == Format::q5_k)
-      for (int part = 0; part < 8; ++part) add_bits<1, 4>(block + 16, part, quants + part * 32);
-  } else if constexpr (format == Format::q6_k) {
-    for (int part = 0; part < 8; ++part) {
-      const int half = part / 4, quarter = part % 4;
-      uint8_t* to = quants + part * 32;
-      std::memset(to, 0, 32);
-      add_bits<4, 0>(block + half * 64 + quarter % 2 * 32, quarter / 2 * 4, to);
-      add_bits<2, 4>(block + 128 + half * 32, quarter * 2, to);
-    }
-  } else {  // q2_k, q3_k
-    constexpr int at = format == Format::q2_k ? 16 : 32;
-    for (int part = 0; part < 8; ++part) {
-      uint8_t* to = quants + part * 32;
-      std::memset(to, 0, 32);
-      add_bits<2, 0>(block + at + part / 4 * 32, part % 4 * 2, to);
-      if constexpr (format == Format::q3_k) add_bits<1, 2>(block, part, to);
-    }
-  }
-}
-
-// The half scale of a GGUF block, and its half minimum: bytes from the start of the block.
-constexpr int scale_at(Format format) {
-  return format == Format::q2_k ? 80 : format == Format::q3_k ? 108 : format == Format::q6_k ? 208 : 0;
-}
-
-// The integer scales of a GGUF block of 256, as group_scale() reads them; returns how many bytes.
-template <Format format>
-int read_group_scales(const uint8_t* block, uint8_t* scales) {
-  if constexpr (format == Format::q4_k || format == Format::q5_k) {
-    // 6 bits each: of groups 0 to 3 in the lower bits of bytes 0 to 3 (scales) and 4 to 7 (minima); of groups 4 to 7 the
-    // lower 4 in bytes 8 to 11, the upper 2 in the upper bits of bytes 0 to 7.
-    const uint8_t* packed = block + 4;
-    for (int i = 0; i < 4; ++i) {
-      scales[2 * i] = packed[i] & 63;
-      scales[2 * i + 1] = packed[i + 4] & 63;
-      scales[8 + 2 * i] = static_cast<uint8_t>((packed[i + 8] & 15) | packed[i] >> 6 << 4);
-      scales[8 + 2 * i + 1] = static_cast<uint8_t>(packed[i + 8] >> 4 | packed[i + 4] >> 6 << 4);
-    }
-    return 16;
-  } else if constexpr (format == Format::iq4_xs) {
-    uint16_t high;
-    std::memcpy(&high, block + 2, 2);
-    for (int i = 0; i < 8; ++i)
-      scales[i] = static_cast<uint8_t>((block[4 + i / 2] >> (i % 2 * 4) & 15) + (high >> (i * 2) & 3) * 16 - 32);
-    return 8;
-  } else {
-    constexpr int at = format == Format::q2_k ? 0 : format == Format::q3_k ? 96 : 192;
-    constexpr int count = format == Format::q3_k ? 12 : 16;
-    std::memcpy(scales, block + at, count);
-    return count;
-  }
-}
-
 // 32 quants into their lane of the cache lines of `bits` bits, which begin at `lines`; shift: the first of these bits.
 template <int bits, int shift>
-void store_field(const uint8_t* quants, int64_t lane, std::byte* lines) {
-  constexpr uint32_t mask = 0x01010101u * ((1u << bits) - 1);
-  uint32_t words[8];
-  std::memcpy(words, quants, 32);
-  for (int line = 0; line < bits; ++line) {
-    uint32_t packed = 0;
-    for (int i = 0; i < 8 / bits; ++i) packed |= (words[line * (8 / bits) + i] >> shift & mask) << (i * bits);
-    std::memcpy(lines + line * kAlign + lane * 4, &packed, 4);
+void store_field(const uint64_t* quants, int64_t lane, std::byte* lines) {
+  constexpr int n_lines = bits == 8 ? 4 : bits;  // of 8 bits: pairs of lines
+  constexpr int words = 4 / n_lines;             // of eight quants, in a line
+  for (int line = 0; line < n_lines; ++line) {
+    uint64_t packed = 0;
+    for (int i = 0; i < words; ++i) {
+      const uint64_t field = quants[line * words + i] >> shift & in_each_byte((1 << bits) - 1);
+      packed |= (bits == 8 ? field : field | field >> (32 - bits)) << (2 * bits * i);
+    }
+    const uint32_t halves[2] = {static_cast<uint32_t>(packed), static_cast<uint32_t>(packed >> 32)};
+    std::byte* to = lines + (bits == 8 ? 2 : 1) * line * kAlign + lane * 4;
+    std::memcpy(to, &halves[0], 4);
+    if constexpr (bits == 8) std::memcpy(to + kAlign, &halves[1], 4);
   }
 }
 
-// One GGUF block of a row, columns block * quantization().block and on, into row `lane` of its panel.
+// One block of a row, columns block * quantization().block and on, into row `lane` of its panel.
 template <Format format>
 void pack_block(const std::byte* source, int64_t lane, int64_t block, std::byte* panel) {
   constexpr Quantization q = quantization(format);
@@ -140,17 +46,42 @@ void pack_block(const std::byte* source, int64_t lane, int64_t block, std::byte*
     const int count = read_group_scales<format>(bytes, scales);
     for (int i = 0; i < count; ++i) header[kAlign + i * kPanelRows + lane] = std::byte{scales[i]};
   }
-  uint8_t quants[256];
+  uint64_t quants[q.block / 8];
   read_quants<format>(bytes, quants);
   for (int64_t part = 0; part < q.block / kBlock; ++part) {
     std::byte* lines = panel + quants_at(format, block * (q.block / kBlock) + part);
-    store_field<q.low_bits, 0>(quants + part * kBlock, lane, lines);
+    store_field<q.low_bits, 0>(quants + part * 4, lane, lines);
     if constexpr (q.high_bits > 0)
-      store_field<q.high_bits, q.low_bits>(quants + part * kBlock, lane, lines + q.low_bits * kAlign);
+      store_field<q.high_bits, q.low_bits>(quants + part * 4, lane, lines + q.low_bits * kAlign);
   }
 }
 
-// `rows` rows into the first lanes of a panel, block by block, so that the part of the panel stays in the L1 cache.
+// The unused bytes beside a line of scales become zeros: equal weights have equal bytes.
+template <Format format>
+void clear_unused(int64_t k, std::byte* panel) {
+  constexpr Quantization q = quantization(format);
+  if constexpr (q.is_block_256()) {
+    for (int64_t block = 0; !q.has_minimum() && block < k / 256; ++block)
+      std::memset(panel + block * q.block_bytes() + kAlign / 2, 0, kAlign / 2);
+  } else if (k / kBlock % q.blocks_per_line() != 0) {
+    std::memset(panel + scales_at(format, k / kBlock), 0, kAlign / 2);
+  }
+}
+
+// Rows of `words` words into the first lanes of [words][16] words. A cache line of a row at a time: where rows are a
+// multiple of 4096 bytes apart, the L1 cache cannot hold a line of each until its next part is wanted.
+template <class Word>
+void transpose(const std::byte* rows_data, int64_t stride, int64_t rows, int64_t words, std::byte* panel) {
+  constexpr int64_t line = kAlign / sizeof(Word);
+  for (int64_t begin = 0; begin < words; begin += line)
+    for (int64_t lane = 0; lane < rows; ++lane) {
+      const std::byte* row = rows_data + lane * stride;
+      for (int64_t i = begin; i < std::min(begin + line, words); ++i)
+        std::memcpy(panel + (i * kPanelRows + lane) * sizeof(Word), row + i * sizeof(Word), sizeof(Word));
+    }
+}
+
+// `rows` rows into the first lanes of a panel.
 template <Format format>
 void pack_panel(const std::byte* rows_data, int64_t rows, int64_t k, std::byte* panel) {
   const int64_t stride = row_bytes(format, k);
@@ -159,12 +90,11 @@ void pack_panel(const std::byte* rows_data, int64_t rows, int64_t k, std::byte* 
     for (int64_t block = 0; block < k / q.block; ++block)
       for (int64_t lane = 0; lane < rows; ++lane)
         pack_block<format>(rows_data + lane * stride + block * q.file_bytes, lane, block, panel);
-  } else {
-    constexpr int64_t bytes = float_bytes(format);
-    for (int64_t begin = 0; begin < k; begin += kPanelRows)
-      for (int64_t lane = 0; lane < rows; ++lane)
-        for (int64_t i = begin; i < begin + kPanelRows; ++i)
-          std::memcpy(panel + float_at(format, lane, i), rows_data + lane * stride + i * bytes, bytes);
+    clear_unused<format>(k, panel);
+  } else if constexpr (format == Format::f16) {
+    transpose<uint16_t>(rows_data, stride, rows, k, panel);
+  } else {  // a word of bf16 has two columns
+    transpose<uint32_t>(rows_data, stride, rows, stride / 4, panel);
   }
 }
 
@@ -176,8 +106,7 @@ void pack_rows(Format format, int64_t k, int64_t row_begin, int64_t rows, const 
   for (int64_t row = 0; row < rows; row += kPanelRows) {
     std::byte* panel = packed + (row_begin + row) / kPanelRows * bytes;
     const int64_t count = std::min(kPanelRows, rows - row);
-    // The unused bytes beside a line of scales are zeros too: equal weights have equal bytes.
-    if (count < kPanelRows || is_quantized(format)) std::memset(panel, 0, bytes);
+    if (count < kPanelRows) std::memset(panel, 0, bytes);
     with_format(format, [&]<Format f>() { pack_panel<f>(rows_data + row * row_bytes(f, k), count, k, panel); });
   }
 }

@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 
 from recycle_ext import _C
-from recycle_ext.checkpoint.tensor_source import FLOAT_DTYPES
+from recycle_ext.checkpoint.tensor_source import FLOAT_DTYPES, FORMATS
 from recycle_ext.errors import RecycleError
 
-# Weight formats by their number in csrc/include/recycle/format.h.
-_NAMES = "f32 f16 bf16 q8_0 q4_0 q4_1 q5_0 q5_1 iq4_nl q2_k q3_k q4_k q5_k q6_k iq4_xs"
-FORMATS = {name: number for number, name in enumerate(_NAMES.split())}
 # Formats that float weights are converted to. For the others there is no quantizer here: their weights come from files.
 CONVERTED_TO = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 
@@ -51,20 +48,23 @@ def matrix_bytes(format: str, n: int, k: int) -> int:
     return _C.matrix_bytes(FORMATS[format], n, k)
 
 
-def convert_rows(rows: Tensor, format: str) -> Tensor:
-    """float32 [n, k] -> the rows of a format: a float tensor [n, k], or GGUF blocks, uint8."""
-    if format in FLOAT_DTYPES:
-        return rows.to(FLOAT_DTYPES[format])
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
+def pack_rows(
+    rows: Tensor,
+    format: str,
+    n: int,
+    k: int,
+    first: int,
+    packed: Tensor,
+    source_format: str | None = None,
+    threads: int | None = None,
+) -> None:
+    """Packs rows ``first``.. (a multiple of 16) of a matrix [n, k] into ``packed`` uint8, the whole matrix.
 
-    kind = GGMLQuantizationType[format.upper()]
-    return torch.from_numpy(np.ascontiguousarray(quantize(rows.numpy(), kind)))
-
-
-def pack_rows(rows: Tensor, format: str, n: int, k: int, first: int, packed: Tensor) -> None:
-    """Packs rows ``first``.. (a multiple of 16), as ``convert_rows`` returns them, into ``packed`` uint8."""
-    _C.pack_rows(FORMATS[format], n, k, first, bytes_of(rows), packed.numpy())
+    rows: a float tensor [rows, k], or the blocks of GGUF, uint8. source_format: their format, from which they are
+    converted; None: ``format``. threads: None: _C.n_threads().
+    """
+    source = FORMATS[format if source_format is None else source_format]
+    _C.pack_rows(source, bytes_of(rows), FORMATS[format], n, k, first, packed.numpy(), threads)
 
 
 def pack_matrix(matrix: Tensor, format: str) -> Tensor:
@@ -76,7 +76,7 @@ def pack_matrix(matrix: Tensor, format: str) -> Tensor:
         raise RecycleError(f"format is {format!r}; it must be one of {', '.join(CONVERTED_TO)}")
     n, k = matrix.shape
     packed = torch.empty(matrix_bytes(format, n, k), dtype=torch.uint8, device="cpu")
-    pack_rows(convert_rows(matrix.float(), format), format, n, k, 0, packed)
+    pack_rows(matrix.float(), format, n, k, 0, packed, "f32")
     return packed
 
 
