@@ -12,9 +12,9 @@ import dataclasses
 import pytest
 import torch
 from cuda_emulation.builds import COMPILER
-from cuda_emulation.cases import CACHE_TYPES, repacked
+from cuda_emulation.cases import CACHE_TYPES
 from cuda_emulation.library import Emulated, build_library, lm_head
-from formats import columns, random_matrix
+from formats import columns, in_formats, random_matrix
 from models import ARCHITECTURES, write_base, write_module
 from tolerance import assert_as_good_as
 
@@ -109,8 +109,7 @@ def test_verify_step_of_every_format_equals_cpu(library, formats):
         tie_word_embeddings=False,
     )  # fmt: skip
     packed = random_model(base, ModuleConfig.like(base, 1, 37), "f32", torch.device("cpu"))
-    plan, weights = repacked(packed, formats)
-    packed = dataclasses.replace(packed, plan=plan, weights=weights)
+    packed = in_formats(packed, formats, torch.Generator().manual_seed(7))
     compare(library, decoder_of(packed, "verify", 1, torch.float32), 2)
 
 
