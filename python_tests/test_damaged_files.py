@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from model_files import LLAMA3, edit_json, write_gguf
-from models import write_base
+from models import write_base, write_byte_tokenizer
 
 from recycle_ext.checkpoint.base_model import open_checkpoint
 from recycle_ext.errors import RecycleError
@@ -57,3 +57,11 @@ def test_gguf_tokenizer_named_by_an_array_is_refused(tmp_path):
     write_gguf(tmp_path / "model.gguf", base, metadata=writes_array)
     with pytest.raises(RecycleError, match=r"tokenizer\.ggml\.model is 'an array of 2', not str"):
         _ = open_checkpoint(tmp_path / "model.gguf").tokenizer
+
+
+def test_chat_template_that_is_not_utf8_is_refused(tmp_path):
+    vocab_size = write_byte_tokenizer(tmp_path)
+    base = write_base(tmp_path, vocab_size=vocab_size)
+    (tmp_path / "chat_template.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
+    with pytest.raises(RecycleError, match=r"chat_template\.jinja: not UTF-8: invalid continuation byte, byte 4"):
+        _ = base.tokenizer

@@ -11,7 +11,7 @@ import torch
 from recycle_ext.checkpoint import safetensors as safetensors_file
 from recycle_ext.checkpoint.architectures import BY_HF_CLASS, BY_MODEL_TYPE, Architecture
 from recycle_ext.checkpoint.config import ModelConfig, RopeScaling, StackConfig
-from recycle_ext.checkpoint.json_file import Fields, read_json
+from recycle_ext.checkpoint.json_file import Fields, read_json, read_text
 from recycle_ext.checkpoint.tensor_source import TensorSource
 from recycle_ext.errors import RecycleError
 from recycle_ext.text import tokenizer
@@ -193,7 +193,7 @@ def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
         path / "tokenizer.json",
         config=settings,
         special_tokens_map=named,
-        chat_template=template_file.read_text("utf-8") if template_file.is_file() else None,
+        chat_template=read_text(template_file) if template_file.is_file() else None,
         vocab_size=config.vocab_size,
         eos_token_ids=config.eos_token_ids,
         bos_token_id=config.bos_token_id,

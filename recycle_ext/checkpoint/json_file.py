@@ -1,4 +1,4 @@
-"""JSON files that a user may have damaged."""
+"""Text and JSON files that a user may have damaged."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from recycle_ext.errors import RecycleError
+
+
+def read_text(file: Path) -> str:
+    """The UTF-8 text of a file. Raises RecycleError for a file that cannot be read or is not UTF-8."""
+    try:
+        return file.read_text("utf-8")
+    except OSError as error:
+        raise RecycleError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RecycleError(f"{file}: not UTF-8: {error.reason}, byte {error.start}") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:
