@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     workers = join(options.device)
     try:
         figures = train(options, workers)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the second: SIGTERM
         if workers.is_leader:
             print(stopped(Path(options.output)), file=sys.stderr)
         raise
