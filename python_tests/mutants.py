@@ -71,7 +71,7 @@ TESTS = {
     "recycle_ext/convert": CONVERT,
     "recycle_ext/info": "info",
 }
-# Tests that take over ten seconds: they run last, where nothing else noticed the mutant.
+# Slow tests: they run at the end, for the mutants that no other test noticed.
 SLOW = [
     f"python_tests/test_{name}"
     for name in (
@@ -198,11 +198,13 @@ def all_mutants() -> list[Mutant]:
     return [mutant for path in paths for mutant in mutants_of(path)]
 
 
-def tests_of(path: str) -> list[str]:
+def tests_of(path: str) -> tuple[list[str], list[str]]:
+    """The quick tests of a file, with pytest's options, and the slow ones."""
     prefix = max((prefix for prefix in TESTS if path.startswith(prefix)), key=len)
     tests = [f"python_tests/test_{name}.py" for name in TESTS[prefix].split()]
     assert all((ROOT / test).exists() for test in tests), tests
-    return tests
+    quick = [*tests, *(f"--deselect={test}" for test in SLOW + LEFT_OUT)]
+    return quick, [test for test in SLOW if test.partition("::")[0] in tests]
 
 
 def run_pytest(source: Path, log: Path, arguments: list[str]) -> None:
@@ -284,7 +286,7 @@ class Copy:
     def pytest(self, tests: list[str], seconds: int) -> str | None:
         """The first of the tests that fails; None where all pass. seconds: the limit of one test."""
         arguments = ["-qx", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={seconds}"]
-        arguments += ["-o", "faulthandler_exit_on_timeout=true", *tests]
+        arguments += ["-o", "faulthandler_exit_on_timeout=true", "--durations=20", *tests]
         process = self.processes.Process(target=run_pytest, args=(self.source, self.log, arguments))
         process.start()
         process.join(20 * seconds)
@@ -300,15 +302,8 @@ class Copy:
             return f"{found[1]}::{found[2]}"  # a crash, or too long
         return f"{tests[0]} and others: exit status {process.exitcode}"
 
-    def failing_test(self, path: str) -> str | None:
-        """The first test that notices the mutant in this file."""
-        tests = tests_of(path)
-        slow = [test for test in SLOW if test.partition("::")[0] in tests]
-        quick = [option for test in SLOW + LEFT_OUT for option in ("--deselect", test)]
-        return self.pytest(tests + quick, SECONDS) or (self.pytest(slow, 10 * SECONDS) if slow else None)
-
-    def try_mutant(self, mutant: Mutant) -> dict | None:
-        """What became of the mutant; None where it does not compile, or to the same code."""
+    def try_mutant(self, mutant: Mutant, is_slow: bool) -> dict | None:
+        """What became of the mutant by its quick or slow tests; None where it does not compile, or to the same code."""
         begin = time.perf_counter()
         folder = mutant.path.rpartition("/kernels")[0] or mutant.path.rpartition("/")[0]
         path = self.source / mutant.path
@@ -316,7 +311,8 @@ class Copy:
         try:
             if not self.compile(folder) or (folder in self.code and self.compiled(folder) == self.code[folder]):
                 return None
-            killer = self.failing_test(mutant.path)
+            quick, slow = tests_of(mutant.path)
+            killer = self.pytest(slow, 10 * SECONDS) if is_slow else self.pytest(quick, SECONDS)
         finally:
             self.restore()
         if killer is not None and killer not in self.good:
@@ -325,7 +321,8 @@ class Copy:
                 return None
             self.good.add(killer)
         seconds = round(time.perf_counter() - begin, 1)
-        return {"mutant": mutant.describe(), "killed_by": killer, "seconds": seconds}
+        # waits: whether the slow tests are still to be tried.
+        return {"killed_by": killer, "seconds": seconds, "waits": killer is None and bool(slow) and not is_slow}
 
 
 def main() -> int:
@@ -338,21 +335,26 @@ def main() -> int:
     options = parser.parse_args()
     mutants = [mutant for mutant in all_mutants() if mutant.path.startswith(options.only)]
     random.Random(options.seed).shuffle(mutants)
-    results = json.loads(options.report.read_text()) if options.report and options.report.exists() else []
-    known = {result["mutant"] for result in results}
-    print(f"{len(mutants)} mutants are possible; {len(results)} were tried before")
+    results: dict[str, dict] = (
+        json.loads(options.report.read_text()) if options.report and options.report.exists() else {}
+    )
+    print(f"{len(mutants)} mutants are possible; {len(results)} were tried before", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(Path(folder))
-        for mutant in mutants:
-            if len(results) >= options.count:
-                break
-            if mutant.describe() in known or (result := copy.try_mutant(mutant)) is None:
-                continue
-            results.append(result)
-            print(f"{result['seconds']:6.0f} s  {result['killed_by'] or 'SURVIVED'}\n{result['mutant']}", flush=True)
-            if options.report:
-                options.report.write_text(json.dumps(results, indent=1))
-    survivors = [result["mutant"] for result in results if result["killed_by"] is None]
+        for is_slow in (False, True):
+            for mutant in mutants:
+                name = mutant.describe()
+                if not is_slow and len(results) >= options.count:
+                    break
+                if is_slow != (name in results) or (is_slow and not results[name]["waits"]):
+                    continue
+                if (result := copy.try_mutant(mutant, is_slow)) is None:
+                    continue
+                results[name] = result
+                print(f"{result['seconds']:6.0f} s  {result['killed_by'] or 'SURVIVED'}\n{name}", flush=True)
+                if options.report:
+                    options.report.write_text(json.dumps(results, indent=1))
+    survivors = [name for name, result in results.items() if result["killed_by"] is None]
     print(
         f"{len(results) - len(survivors)} of {len(results)} mutants were noticed; not noticed:\n", *survivors, sep="\n"
     )
