@@ -91,7 +91,10 @@ LEFT_OUT = ["python_tests/test_cuda_races.py::test_planted_fault_is_reported_by_
 # What cannot be compiled or run without a GPU.
 NOT_MUTATED = ["csrc/cuda/device_info.cu", "csrc/cuda/device_info.h"]
 # What each test process has imported when it begins.
-PRELOADED = ["pytest", "torch", "hypothesis", "transformers", "tokenizers", "huggingface_hub", "gguf", "scipy.stats"]
+PRELOADED = [
+    *("pytest", "torch", "torch._dynamo", "hypothesis", "gguf", "scipy.stats"),
+    *("transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"),
+]
 
 # What is replaced by what. The formatters put spaces around binary operators, so templates and pointers never match.
 REPLACEMENTS = [
