@@ -36,7 +36,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("csrc/cpu", "csrc/cuda", "recycle_ext")
-SECONDS = 60  # for one test of the first pass, five times what the slowest takes; a mutant that hangs is noticed
+SECONDS = 60  # for one quick test, five times what the slowest takes; a mutant that hangs is noticed
+QUICK_SECONDS = 75  # for all quick tests of a mutant
 
 # By the beginning of the mutant's path, the longest that fits: the tests that run, quick and near ones first.
 KERNELS = "attention_decode recycle_head weights_layout sampling decode_step failed_sequences parallel lossless"
@@ -71,7 +72,7 @@ TESTS = {
     "recycle_ext/convert": CONVERT,
     "recycle_ext/info": "info",
 }
-# Slow tests: they run at the end, for the mutants that no other test noticed.
+# Slow tests: they run at the end, with what quick tests had no time, for the mutants that nothing has noticed.
 SLOW = [
     f"python_tests/test_{name}"
     for name in (
@@ -80,6 +81,8 @@ SLOW = [
         "memory.py",
         "fuzz.py",
         "bench_command.py",
+        "cuda_emulated.py::test_gemv_of_odd_sizes_equals_cpu",
+        "cuda_emulated.py::test_verify_greedy_equals_standard_bit_for_bit",
         "cuda_races.py::test_kernels_without_a_fault_pass",
         "lossless.py::test_verify_greedy_equals_standard",
         "sampling.py::test_sampled_verify_has_the_base_distribution",
@@ -201,13 +204,24 @@ def all_mutants() -> list[Mutant]:
     return [mutant for path in paths for mutant in mutants_of(path)]
 
 
-def tests_of(path: str) -> tuple[list[str], list[str]]:
-    """The quick tests of a file, with pytest's options, and the slow ones."""
+def tests_of(path: str) -> tuple[list[str], list[str], list[str]]:
+    """The tests of a file, as pytest's arguments: all, the quick and the slow ones."""
     prefix = max((prefix for prefix in TESTS if path.startswith(prefix)), key=len)
     tests = [f"python_tests/test_{name}.py" for name in TESTS[prefix].split()]
     assert all((ROOT / test).exists() for test in tests), tests
-    quick = [*tests, *(f"--deselect={test}" for test in SLOW + LEFT_OUT)]
-    return quick, [test for test in SLOW if test.partition("::")[0] in tests]
+    every = [*tests, *(f"--deselect={test}" for test in LEFT_OUT)]
+    quick = [*every, *(f"--deselect={test}" for test in SLOW)]
+    return every, quick, [test for test in SLOW if test.partition("::")[0] in tests]
+
+
+class Shuffled:
+    """A plugin of pytest: the tests of each file in a shuffled order, so that those of one kind do not all run first."""
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Called by pytest."""
+        files = list(dict.fromkeys(item.path for item in items))
+        random.Random(0).shuffle(items)
+        items.sort(key=lambda item: files.index(item.path))
 
 
 def run_pytest(source: Path, log: Path, arguments: list[str]) -> None:
@@ -220,7 +234,7 @@ def run_pytest(source: Path, log: Path, arguments: list[str]) -> None:
     with log.open("w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    sys.exit(int(pytest.main(arguments)))
+    sys.exit(int(pytest.main(arguments, [Shuffled()])))
 
 
 class Copy:
@@ -286,27 +300,34 @@ class Copy:
             shutil.rmtree(self.source / folder)
             shutil.copytree(self.unchanged / folder, self.source / folder)
 
-    def pytest(self, tests: list[str], seconds: int) -> str | None:
-        """The first of the tests that fails; None where all pass. seconds: the limit of one test."""
+    def pytest(self, tests: list[str], seconds: int, all_seconds: int | None = None) -> tuple[str | None, bool]:
+        """The first of the tests that fails, None where all pass, and whether all have run.
+
+        seconds: the limit of one test. all_seconds: that of all, after which no more are tried.
+        """
         arguments = ["-qx", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={seconds}"]
         arguments += ["-o", "faulthandler_exit_on_timeout=true", "--durations=20", *tests]
         process = self.processes.Process(target=run_pytest, args=(self.source, self.log, arguments))
         process.start()
-        process.join(20 * seconds)
+        process.join(all_seconds)
+        is_done = process.exitcode is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # and what a test has started
         process.join()
-        if process.exitcode in (0, 5):  # 5: there is none of the tests
-            return None
+        if not is_done or process.exitcode in (0, 5):  # 5: there is none of the tests
+            return None, is_done
         said = self.log.read_text(errors="replace")
         if found := re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.M):
-            return found[1]
+            return found[1], True
         if found := re.search(r'File "[^"]*/(python_tests/test_\w+\.py)", line \d+ in (test_\w+)', said):
-            return f"{found[1]}::{found[2]}"  # a crash, or too long
-        return f"{tests[0]} and others: exit status {process.exitcode}"
+            return f"{found[1]}::{found[2]}", True  # a crash, or too long
+        return f"{tests[0]} and others: exit status {process.exitcode}", True
 
-    def try_mutant(self, mutant: Mutant, is_slow: bool) -> dict | None:
-        """What became of the mutant by its quick or slow tests; None where it does not compile, or to the same code."""
+    def try_mutant(self, mutant: Mutant, tests: list[str]) -> dict | None:
+        """What became of the mutant by the tests; without tests, by its quick ones.
+
+        None where it does not compile, or to the same code.
+        """
         begin = time.perf_counter()
         folder = mutant.path.rpartition("/kernels")[0] or mutant.path.rpartition("/")[0]
         path = self.source / mutant.path
@@ -314,18 +335,22 @@ class Copy:
         try:
             if not self.compile(folder) or (folder in self.code and self.compiled(folder) == self.code[folder]):
                 return None
-            quick, slow = tests_of(mutant.path)
-            killer = self.pytest(slow, 10 * SECONDS) if is_slow else self.pytest(quick, SECONDS)
+            every, quick, slow = tests_of(mutant.path)
+            if tests:
+                killer, is_done = self.pytest(tests, 10 * SECONDS)
+            else:
+                killer, is_done = self.pytest(quick, SECONDS, QUICK_SECONDS)
         finally:
             self.restore()
         if killer is not None and killer not in self.good:
-            if self.pytest([killer.partition(" ")[0]], SECONDS) is not None:
+            if self.pytest([killer.partition(" ")[0]], SECONDS)[0] is not None:
                 print(f"{killer} fails without a mutant too: the next run tries again\n{mutant.describe()}", flush=True)
                 return None
             self.good.add(killer)
         seconds = round(time.perf_counter() - begin, 1)
-        # waits: whether the slow tests are still to be tried.
-        return {"killed_by": killer, "seconds": seconds, "waits": killer is None and bool(slow) and not is_slow}
+        # waits: the tests that are still to be tried.
+        waits = [] if killer or tests else slow if is_done else every
+        return {"killed_by": killer, "seconds": seconds, "waits": waits}
 
 
 def main() -> int:
@@ -351,7 +376,7 @@ def main() -> int:
                     break
                 if is_slow != (name in results) or (is_slow and not results[name]["waits"]):
                     continue
-                if (result := copy.try_mutant(mutant, is_slow)) is None:
+                if (result := copy.try_mutant(mutant, results[name]["waits"] if is_slow else [])) is None:
                     continue
                 results[name] = result
                 print(f"{result['seconds']:6.0f} s  {result['killed_by'] or 'SURVIVED'}\n{name}", flush=True)
