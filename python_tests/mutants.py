@@ -209,6 +209,8 @@ def tests_of(path: str) -> tuple[list[str], list[str], list[str]]:
     prefix = max((prefix for prefix in TESTS if path.startswith(prefix)), key=len)
     tests = [f"python_tests/test_{name}.py" for name in TESTS[prefix].split()]
     assert all((ROOT / test).exists() for test in tests), tests
+    module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    tests.sort(key=lambda test: module not in (ROOT / test).read_text())  # those that import the file run first
     every = [*tests, *(f"--deselect={test}" for test in LEFT_OUT)]
     quick = [*every, *(f"--deselect={test}" for test in SLOW)]
     return every, quick, [test for test in SLOW if test.partition("::")[0] in tests]

@@ -56,14 +56,10 @@ inline int shuffle_xor(int value, int mask) {
   return static_cast<int>(emulator::exchange(static_cast<uint32_t>(value), mask));
 }
 inline uint4 load_weights(const std::byte* from) {
-  uint4 value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
+  return *reinterpret_cast<const uint4*>(from);  // as a vector, whose alignment is checked
 }
 inline uint2 load_weights_8(const std::byte* from) {
-  uint2 value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
+  return *reinterpret_cast<const uint2*>(from);
 }
 inline float from_half(uint16_t half) { return half_to_float(half); }
 inline void launch_dependents() {}
