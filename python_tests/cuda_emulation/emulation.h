@@ -58,9 +58,7 @@ inline int shuffle_xor(int value, int mask) {
 inline uint4 load_weights(const std::byte* from) {
   return *reinterpret_cast<const uint4*>(from);  // as a vector, whose alignment is checked
 }
-inline uint2 load_weights_8(const std::byte* from) {
-  return *reinterpret_cast<const uint2*>(from);
-}
+inline uint2 load_weights_8(const std::byte* from) { return *reinterpret_cast<const uint2*>(from); }
 inline float from_half(uint16_t half) { return half_to_float(half); }
 inline void launch_dependents() {}
 inline void grid_dependency_wait() { emulator::wait_for_previous(); }
