@@ -37,7 +37,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("csrc/cpu", "csrc/cuda", "recycle_ext")
 SECONDS = 60  # for one quick test, five times what the slowest takes; a mutant that hangs is noticed
-QUICK_SECONDS = 75  # for all quick tests of a mutant
+QUICK_SECONDS = 75  # for the quick tests that import the file, and for the others
 
 # By the beginning of the mutant's path, the longest that fits: the tests that run, quick and near ones first.
 KERNELS = "attention_decode recycle_head weights_layout sampling decode_step failed_sequences parallel lossless"
@@ -204,16 +204,18 @@ def all_mutants() -> list[Mutant]:
     return [mutant for path in paths for mutant in mutants_of(path)]
 
 
-def tests_of(path: str) -> tuple[list[str], list[str], list[str]]:
-    """The tests of a file, as pytest's arguments: all, the quick and the slow ones."""
+def tests_of(path: str) -> tuple[list[str], list[list[str]], list[str]]:
+    """The tests of a file, as pytest's arguments: all; the quick ones, those that import the file apart; the slow ones."""
     prefix = max((prefix for prefix in TESTS if path.startswith(prefix)), key=len)
     tests = [f"python_tests/test_{name}.py" for name in TESTS[prefix].split()]
     assert all((ROOT / test).exists() for test in tests), tests
-    module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    tests.sort(key=lambda test: module not in (ROOT / test).read_text())  # those that import the file run first
-    every = [*tests, *(f"--deselect={test}" for test in LEFT_OUT)]
-    quick = [*every, *(f"--deselect={test}" for test in SLOW)]
-    return every, quick, [test for test in SLOW if test.partition("::")[0] in tests]
+    package, _, name = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".").rpartition(".")
+    imports = re.compile(rf"\b{package}(\.{name}| import ([\w, ]+, )?{name})\b")
+    near = [test for test in tests if path.endswith(".py") and imports.search((ROOT / test).read_text())] or tests[:3]
+    left_out = [f"--deselect={test}" for test in LEFT_OUT]
+    not_quick = [*left_out, *(f"--deselect={test}" for test in SLOW)]
+    quick = [[*part, *not_quick] for part in (near, [test for test in tests if test not in near]) if part]
+    return [*tests, *left_out], quick, [test for test in SLOW if test.partition("::")[0] in tests]
 
 
 class Shuffled:
@@ -341,7 +343,10 @@ class Copy:
             if tests:
                 killer, is_done = self.pytest(tests, 10 * SECONDS)
             else:
-                killer, is_done = self.pytest(quick, SECONDS, QUICK_SECONDS)
+                for part in quick:
+                    killer, is_done = self.pytest(part, SECONDS, QUICK_SECONDS)
+                    if killer or not is_done:
+                        break
         finally:
             self.restore()
         if killer is not None and killer not in self.good:
