@@ -24,6 +24,8 @@ COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") o
 FLAGS = "-std=c++20 -g1 -ffp-contract=off -fno-sanitize-recover=all"
 # -O0: optimizing the kernels under AddressSanitizer takes minutes.
 SANITIZERS = {"address": "-O0 -fsanitize=address,undefined", "thread": "-O1 -Wno-tsan -fsanitize=thread"}
+# Before csrc/include: an arena with bytes behind each array that nothing may touch.
+HEADERS = {"address": [TESTS.parent / "cuda_emulation" / "redzones"], "thread": []}
 TESTS_OF = {
     "address": sorted(TESTS.glob("*.cpp")),
     "thread": [TESTS / "main.cpp", TESTS / "test_steps.cpp", TESTS / "test_threads.cpp"],
@@ -75,7 +77,8 @@ def build(sanitizer: str, folder: Path) -> Path:
     def compiled(item: tuple[Path, str]) -> Path:
         source, own = item
         out = folder / f"{sanitizer}.{source.stem}.o"
-        run_compiler(*FLAGS.split(), *flags, *own.split(), f"-I{CSRC / 'include'}", "-c", source, "-o", out)
+        headers = [f"-I{folder}" for folder in (*HEADERS[sanitizer], CSRC / "include")]
+        run_compiler(*FLAGS.split(), *flags, *own.split(), *headers, "-c", source, "-o", out)
         return out
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
