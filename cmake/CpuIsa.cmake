@@ -29,11 +29,18 @@ function(recycle_add_isa_kernels target)
   target_sources(${target} PRIVATE ${folder}/kernels_generic.cpp)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
     set(flags_avx2 -mavx2 -mfma -mf16c)
+    set(flags_avxvnni ${flags_avx2} -mavxvnni)
     set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni)
-    foreach(isa avx2 avx512)
+    # What the compiler calls the newest part of each, where dispatch.cpp asks the processor.
+    set(newest_avx2 avx2)
+    set(newest_avxvnni avxvnni)
+    set(newest_avx512 avx512vnni)
+    foreach(isa avx2 avxvnni avx512)
       string(TOUPPER ${isa} upper)
       list(JOIN flags_${isa} " " CMAKE_REQUIRED_FLAGS)
-      check_cxx_source_compiles("#include <immintrin.h>\nint main() {}" RECYCLE_COMPILER_HAS_${upper})
+      check_cxx_source_compiles(
+        "#include <immintrin.h>\nint main() { return __builtin_cpu_supports(\"${newest_${isa}}\"); }"
+        RECYCLE_COMPILER_HAS_${upper})
       if(RECYCLE_COMPILER_HAS_${upper})
         if(isa STREQUAL avx512 AND CMAKE_CXX_COMPILER_ID STREQUAL GNU)
           # GCC warns about its own _mm512_undefined_ps (GCC bug 105593).

@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from formats import columns, random_matrix
 from models import write_base, write_module
 from torch import Tensor
 
 from recycle_ext import _C
 from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.decoding.kv_cache import CACHE_DTYPES
-from recycle_ext.weights.layout import FORMATS, pack_matrix
+from recycle_ext.weights.layout import FORMATS
 from recycle_ext.weights.pack import PackedModel, pack_model
 
 SIDES = ("after", "before")  # where the inaccessible page lies
@@ -85,7 +86,8 @@ def run_head(isa: str, format: str, side: str, missing: int = 0) -> None:
     """recycle_head with all its arguments guarded."""
     _C.force_isa(isa)
     for n_vocab, k in ((1, 32), (103, 96), (64, 160)):
-        matrix = pack_matrix(torch.randn(n_vocab, k), format)
+        k = columns(format, k)
+        matrix, _ = random_matrix(format, n_vocab, k, torch.Generator().manual_seed(k))
         for rows in range(1, 9):
             tensors = {
                 "hidden": torch.randn(rows, k),

@@ -40,7 +40,7 @@ SECONDS = 60  # for one quick test, five times what the slowest takes; a mutant 
 QUICK_SECONDS = 75  # for the quick tests that import the file, and for the others
 
 # By the beginning of the mutant's path, the longest that fits: the tests that run, quick and near ones first.
-KERNELS = "attention_decode recycle_head weights_layout sampling decode_step failed_sequences parallel lossless"
+KERNELS = "attention_decode recycle_head weights_layout loading sampling decode_step failed_sequences parallel lossless"
 CONVERT = "convert convert_eagle convert_refused"
 OPEN = "huggingface transformers_config gguf module_directory not_a_model damaged_files fingerprint end_tokens"
 TEXT = "stream tokenizer gguf_vocabulary special_tokens end_tokens chat_template"

@@ -20,13 +20,14 @@ from pathlib import Path
 
 import torch
 from cuda_emulation.library import Emulated, build_library
+from formats import columns, random_matrix
 from models import ARCHITECTURES, write_base, write_module
 
 from recycle_ext import _C
 from recycle_ext.checkpoint.config import DTYPES
 from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.decoding.kv_cache import CACHE_DTYPES, row_elements
-from recycle_ext.weights.layout import FORMATS, pack_matrix
+from recycle_ext.weights.layout import FORMATS
 from recycle_ext.weights.pack import pack_model
 
 PROMPTS = [[5, 17, 3, 99, 42, 7], [7] * 70, [1]]
@@ -151,10 +152,11 @@ def head_cases():
     for format, (rows, d, n), temperature in itertools.product(
         FORMATS, [(1, 64, 17), (3, 96, 63), (5, 160, 65), (33, 64, 300), (64, 576, 1000)], (0.0, 0.9)
     ):
+        d = columns(format, d)
         generator = torch.Generator().manual_seed(rows + d + n)
         hidden = torch.randn(rows, d, generator=generator)
         norm = 1 + 0.1 * torch.randn(d, generator=generator)
-        packed = pack_matrix(torch.randn(n, d, generator=generator) / d**0.5, format)
+        packed, _ = random_matrix(format, n, d, generator)
         digest = Digest()
         digest.add(*torch.ops.recycle.recycle_head(
             hidden, norm, 1e-5, packed, FORMATS[format], n, torch.arange(rows) + 7, temperature,

@@ -21,12 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import torch
+from formats import in_formats
 from models import ARCHITECTURES, write_base, write_module
 
 from recycle_ext import _C
 from recycle_ext.checkpoint.config import DTYPES
 from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.decoding.kv_cache import CACHE_DTYPES
+from recycle_ext.weights.layout import FORMATS
 from recycle_ext.weights.pack import PackedModel, pack_model
 
 VOCAB = 101
@@ -56,17 +59,19 @@ class Round:
 
 def random_model(rng: random.Random, folder: Path) -> PackedModel:
     heads = rng.choice([(4, 2), (4, 4), (6, 2), (3, 1)])
+    # Rounds in the formats of GGUF files, two of them mixed, need rows of 256.
+    formats = rng.sample(list(FORMATS), 2) if rng.random() < 0.5 else None
     base = write_base(
         folder / "base",
         rng.choice(list(ARCHITECTURES)),
         rng.randrange(10**6),
         VOCAB,
-        hidden_size=rng.choice([64, 96]),
-        intermediate_size=rng.choice([96, 160]),
+        hidden_size=256 if formats else rng.choice([64, 96]),
+        intermediate_size=256 if formats else rng.choice([96, 160]),
         n_layers=rng.randint(1, 3),
         n_heads=heads[0],
         n_kv_heads=heads[1],
-        tied=rng.random() < 0.5,
+        tied=formats is None and rng.random() < 0.5,
     )
     module = write_module(
         folder / "module",
@@ -77,6 +82,8 @@ def random_model(rng: random.Random, folder: Path) -> PackedModel:
         draft_vocab_size=rng.choice([0, 0, 50]),
         like_base=rng.random() < 0.7,
     )
+    if formats:
+        return in_formats(pack_model(base, module, "f32"), formats, torch.Generator().manual_seed(rng.randrange(10**6)))
     return pack_model(base, module, rng.choice(list(DTYPES)), rng.choice([None, *DTYPES]))
 
 

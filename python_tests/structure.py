@@ -25,7 +25,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "modules": set(),
     "command_line": {"errors", "arguments"},
     "text": {"errors"},
-    "checkpoint": {"errors", "arguments", "files", "text"},
+    "checkpoint": {"errors", "arguments", "files", "text", "_C"},
     "weights": {"errors", "arguments", "checkpoint", "_C"},
     "ops": {"errors", "weights", "_C"},
     "decoding": {"errors", "arguments", "checkpoint.config", "weights", "_C"},

@@ -12,13 +12,16 @@ import dataclasses
 import pytest
 import torch
 from cuda_emulation.builds import COMPILER
-from cuda_emulation.cases import CACHE_TYPES
-from cuda_emulation.library import Emulated, build_library
+from cuda_emulation.cases import CACHE_TYPES, repacked
+from cuda_emulation.library import Emulated, build_library, lm_head
+from formats import columns, random_matrix
 from models import ARCHITECTURES, write_base, write_module
+from tolerance import assert_as_good_as
 
 from recycle_ext.bench.random_model import SHAPES, random_model
+from recycle_ext.checkpoint.config import ModuleConfig
 from recycle_ext.decoding.decoder import Decoder
-from recycle_ext.weights.layout import pack_matrix
+from recycle_ext.weights.layout import FORMATS, pack_matrix
 from recycle_ext.weights.pack import pack_model
 from recycle_ext.weights.plan import read_plan
 
@@ -78,10 +81,43 @@ def test_standard_step_of_every_architecture_equals_cpu(tmp_path, library, archi
     compare(library, decoder_of(packed, cache_dtype=cache_dtype), 6)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 17, 32), (2, 33, 96), (3, 47, 256), (5, 5, 768), (8, 16, 2304)])
+def test_head_of_every_format_is_as_exact_as_pytorch(library, format, rows, n, k):
+    generator = torch.Generator().manual_seed(rows)
+    packed, matrix = random_matrix(format, n, columns(format, k), generator)
+    x = torch.randn(rows, matrix.shape[1], generator=generator)
+    ours = lm_head(library, x, packed, format, n)
+    assert_as_good_as(ours, x @ matrix.float().T, x.double() @ matrix.T)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_row_of_every_format_is_the_same_alone_and_among_others(library, format):
+    """Bit for bit; for eight rows, x is staged in parts."""
+    generator = torch.Generator().manual_seed(1)
+    packed, matrix = random_matrix(format, 33, 2304, generator)
+    x = torch.randn(8, matrix.shape[1], generator=generator)
+    alone = torch.cat([lm_head(library, row, packed, format, 33) for row in x.split(1)])
+    for rows in range(2, 9):
+        assert torch.equal(lm_head(library, x[:rows], packed, format, 33), alone[:rows])
+
+
+@pytest.mark.parametrize("formats", [[name] for name in FORMATS] + [list(FORMATS)], ids=",".join)
+def test_verify_step_of_every_format_equals_cpu(library, formats):
+    base = dataclasses.replace(
+        SHAPES[1].base, vocab_size=101, hidden_size=256, intermediate_size=256, n_layers=1, n_heads=4, n_kv_heads=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    packed = random_model(base, ModuleConfig.like(base, 1, 37), "f32", torch.device("cpu"))
+    plan, weights = repacked(packed, formats)
+    packed = dataclasses.replace(packed, plan=plan, weights=weights)
+    compare(library, decoder_of(packed, "verify", 1, torch.float32), 2)
+
+
 @pytest.mark.parametrize(
     ("dtype", "module_dtype"), [("f32", None), ("bf16", "bf16"), ("bf16", "q4"), ("q8", "q8"), ("q4", "q4")]
 )
-def test_verify_step_of_every_format_equals_cpu(tmp_path, library, dtype, module_dtype):
+def test_verify_step_of_every_dtype_equals_cpu(tmp_path, library, dtype, module_dtype):
     base = write_base(tmp_path / "base")
     module = write_module(tmp_path / "module", base, draft_vocab_size=37)
     packed = pack_model(base, module, dtype, module_dtype)

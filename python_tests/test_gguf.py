@@ -19,12 +19,12 @@ from recycle_ext.checkpoint.base_model import open_checkpoint
 from recycle_ext.errors import RecycleError
 
 GGUF_ARCHITECTURES = ["llama", "qwen2", "qwen3"]
-KEPT_TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
+KEPT_TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 BAD_TOKENS = {"tokenizer.ggml.tokens": 3, "tokenizer.ggml.eos_token_id": None}
 UP_PROJ, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
 
 
-@pytest.mark.parametrize("kind", KEPT_TYPES + ["Q5_0"])
+@pytest.mark.parametrize("kind", KEPT_TYPES + ["MXFP4"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("architecture", GGUF_ARCHITECTURES)
 def test_gguf_tensors_equal_stored(tmp_path, architecture, tied, kind):
@@ -41,7 +41,7 @@ def test_gguf_tensors_equal_stored(tmp_path, architecture, tied, kind):
 
 
 @pytest.mark.parametrize("rows", [(0, 32), (0, 1), (3, 5), (15, 17), (16, 32), (7, 30)])
-@pytest.mark.parametrize("kind", ["BF16", "Q4_1", "Q5_0"])
+@pytest.mark.parametrize("kind", ["BF16", "Q4_1", "MXFP4"])
 @pytest.mark.parametrize("architecture", GGUF_ARCHITECTURES)
 def test_gguf_rows_of_k_from_any_start_are_in_order(tmp_path, architecture, kind, rows):
     hf = write_base(tmp_path / "hf", architecture)

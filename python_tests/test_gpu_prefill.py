@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from formats import columns, random_matrix
 from models import ARCHITECTURES, reference_base, write_base, write_module
-from test_recycle_head import dequantized
 from tolerance import assert_as_good_as
 from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
@@ -15,7 +15,7 @@ from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.ops import cuda_prefill
 from recycle_ext.ops.cuda_prefill import fill_caches
 from recycle_ext.reference.model import KvCache
-from recycle_ext.weights.layout import FORMATS, Matrix, pack_matrix
+from recycle_ext.weights.layout import FORMATS, Matrix
 from recycle_ext.weights.pack import pack_model
 from recycle_ext.weights.plan import read_plan
 
@@ -23,9 +23,9 @@ from recycle_ext.weights.plan import read_plan
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (17, 96), (64, 64), (33, 160)])
 def test_unpacked_matrix_is_exact(format, n, k):
-    matrix = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k))
-    packed = Matrix(pack_matrix(matrix, format), 0, format, n, k)
-    exact = dequantized(matrix, format)
+    k = columns(format, k)
+    weights, exact = random_matrix(format, n, k, torch.Generator().manual_seed(n * k))
+    packed = Matrix(weights, 0, format, n, k)
     assert torch.equal(packed.unpacked(), exact.to(packed.compute_dtype))
     ids = torch.tensor([n - 1, 0, n // 2, n - 1])
     assert torch.equal(packed.rows(ids), exact[ids].float())

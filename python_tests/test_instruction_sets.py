@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from formats import columns, random_matrix
 from models import write_base, write_module
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from recycle_ext.checkpoint.config import DTYPES
 from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.decoding.kv_cache import CACHE_DTYPES
 from recycle_ext.reference.ops import from_rows
-from recycle_ext.weights.layout import FORMATS, pack_matrix
+from recycle_ext.weights.layout import FORMATS
 from recycle_ext.weights.pack import PackedModel, pack_model
 
 VECTOR_SETS = [name for name in _C.runnable_isas() if name != "generic"]
@@ -96,10 +97,11 @@ def test_steps_with_avx2_and_avx512_have_the_same_bits(packed, cache, mode, temp
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("rows", [1, 5, 33])
 def test_recycle_head_with_avx2_and_avx512_has_the_same_bits(format, rows):
-    """f16 and q4_1 matrices too, which no dtype gives the base model of the steps above."""
+    """Every format, also those that no dtype gives the base model of the steps above."""
     generator = torch.Generator().manual_seed(rows)
-    hidden = torch.randn(rows, 96, generator=generator)
-    matrix = pack_matrix(torch.randn(500, 96, generator=generator), format)
+    k = columns(format, 96)
+    hidden = torch.randn(rows, k, generator=generator)
+    matrix, _ = random_matrix(format, 500, k, generator)
     seeds = torch.arange(rows)
     for temperature in (0.0, 1.0):
         sampling = (temperature, 40, 0.95, seeds)
@@ -108,7 +110,7 @@ def test_recycle_head_with_avx2_and_avx512_has_the_same_bits(format, rows):
             _C.force_isa(name)
             results.append(
                 torch.ops.recycle.recycle_head(
-                    hidden, torch.ones(96), 1e-5, matrix, FORMATS[format], 500, seeds, *sampling
+                    hidden, torch.ones(k), 1e-5, matrix, FORMATS[format], 500, seeds, *sampling
                 )
             )
         _C.force_isa(None)

@@ -1,4 +1,8 @@
-"""Memory in use stays near the packed weights: no second copy, at no time."""
+"""Memory in use stays near the packed weights: no second copy, at no time.
+
+What counts is anonymous memory. Pages of files, of libraries for instance, are the page cache's, which the system takes
+back when memory is short.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +13,29 @@ from pathlib import Path
 
 import pytest
 
-MAX_RATIO = 1.3  # of peak memory over weights and caches
+MAX_RATIO = 1.1  # of peak memory over weights and caches
 
-# The child measures its own peak (VmHWM): the ru_maxrss of a child includes its parent's. The baseline includes the
-# libraries and the heap of one tokenizer, which do not grow with the weights.
+# The child measures its own peak (VmHWM): the ru_maxrss of a child includes its parent's. The baseline includes the heap
+# of the libraries and of one tokenizer, which do not grow with the weights.
 CODE = """
-import json, sys
-import psutil
+import json, re, sys
 import recycle_ext
 from recycle_ext.checkpoint.base_model import open_checkpoint
 from recycle_ext.measuring.machine import peak_memory_bytes
 
+def status(name):
+    return int(re.search(rf"^{name}:\\s+(\\d+) kB", open("/proc/self/status").read(), re.M)[1]) * 1024
+
 path, dtype, copies = sys.argv[1:]
 open_checkpoint(path).tokenizer
-before = psutil.Process().memory_info().rss
+before = status("RssAnon")
 model = recycle_ext.load(path, dtype=dtype if dtype != "native" else None)
 second_copies = [model.packed.weights.clone() for _ in range(int(copies))]
 generation = recycle_ext.generate(model, "Once upon a time,", max_new_tokens=64)
 "".join(generation)
 decoder = generation._decoder
 caches = decoder.base_cache.nbytes + decoder.module_cache.nbytes
-print(json.dumps([peak_memory_bytes() - before, model.packed.weights.numel() + caches]))
+print(json.dumps([peak_memory_bytes() - status("RssFile") - before, model.packed.weights.numel() + caches]))
 """
 
 
@@ -46,7 +52,7 @@ def used_and_needed(model: Path, dtype: str, copies: int = 0) -> tuple[int, int]
 
 
 @pytest.mark.parametrize("dtype", ["native", "q8", "bf16", "f32"])
-def test_peak_memory_is_under_1_3_times_weights_and_caches(default_model, dtype):
+def test_peak_memory_is_under_1_1_times_weights_and_caches(default_model, dtype):
     used, needed = used_and_needed(default_model, dtype)
     assert needed < used < MAX_RATIO * needed, f"{used / 1e6:.0f} MB for {needed / 1e6:.0f} MB"
 

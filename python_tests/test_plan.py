@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from formats import converted_matrix
 from models import ARCHITECTURES, write_base, write_module
-from test_recycle_head import dequantized
 from torch import Tensor
 
 from recycle_ext import _C
@@ -56,7 +56,7 @@ def assert_holds(given: Tensor | Matrix | None, source, format: str) -> None:
         assert given is None
     elif isinstance(given, Matrix):
         assert (given.format, given.n, given.k) == (format, *source.shape)
-        exact = dequantized(source.to(), format)
+        _, exact = converted_matrix(source.to(), format)
         assert torch.equal(given.unpacked(), exact.to(given.compute_dtype))
     else:
         assert torch.equal(given, source.to())
@@ -129,7 +129,7 @@ def test_plan_of_every_dtype_is_read_as_written(tmp_path, dtype, module_dtype):
     format, head_format = MODULE_DTYPES[module_dtype]
     assert_stack_holds(view.module.stack, module.config, module.tensors, "layers.", format)
     rows = base.tensors["lm_head.weight"].to()[module.draft_vocab()]
-    exact = dequantized(rows, head_format).to(view.module.head.compute_dtype)
+    exact = converted_matrix(rows, head_format)[1].to(view.module.head.compute_dtype)
     assert torch.equal(view.module.head.unpacked(), exact)
 
 

@@ -4,34 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from formats import columns, random_matrix
 from tolerance import assert_as_good_as, error
 
 from recycle_ext import _C
 from recycle_ext.checkpoint.tensor_source import BLOCKS
 from recycle_ext.reference import ops as reference_ops
-from recycle_ext.weights.layout import FORMATS, convert_rows, pack_matrix
+from recycle_ext.weights.layout import FORMATS, pack_matrix
 
 EPS = 1e-5
 
 
-def dequantized(matrix: torch.Tensor, format: str) -> torch.Tensor:
-    """The exact values of the packed matrix, float64 [n, k], by gguf, the library that defines the formats."""
-    rows = convert_rows(matrix, format)
-    if rows.is_floating_point():
-        return rows.double()
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    values = dequantize(rows.numpy(), GGMLQuantizationType[format.upper()])
-    return torch.from_numpy(values).double()
-
-
 def case(rows: int, d: int, n_vocab: int, format: str):
+    d = columns(format, d)
     generator = torch.Generator().manual_seed(rows + d + n_vocab)
     hidden = torch.randn(rows, d, generator=generator)
     norm = 1 + 0.1 * torch.randn(d, generator=generator)
-    matrix = torch.randn(n_vocab, d, generator=generator) / d**0.5
-    return hidden, norm, pack_matrix(matrix, format), dequantized(matrix, format)
+    return hidden, norm, *random_matrix(format, n_vocab, d, generator)
 
 
 def call(hidden, norm, packed, format, n_vocab, temperature=0.0, top_k=0, top_p=1.0, seeds=None):

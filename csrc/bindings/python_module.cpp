@@ -10,70 +10,22 @@
 
 #include "../cpu/bandwidth.h"
 #include "../cpu/cores.h"
-#include "../cpu/huge_pages.h"
 #include "../cpu/kernels.h"
+#include "../cpu/memory.h"
 #include "build_info.h"
 #include "recycle/decode_step.h"
-#include "recycle/format.h"
 #include "recycle/model.h"
 #include "recycle/parallel.h"
 #include "recycle/profile.h"
 #include "threads.h"
+#include "weights.h"
 
 namespace py = pybind11;
 
+using recycle::bindings::Buffer;
+using recycle::bindings::check_n_threads;
+
 namespace {
-
-recycle::Format format_of(int format) {
-  if (format < 0 || format >= recycle::kFormats)
-    throw std::invalid_argument("format is " + std::to_string(format) + "; it must be 0 to " +
-                                std::to_string(recycle::kFormats - 1));
-  return static_cast<recycle::Format>(format);
-}
-
-void check_k(recycle::Format format, int64_t k) {
-  const int64_t multiple = recycle::k_multiple(format);
-  if (k < 1 || k % multiple != 0)
-    throw std::invalid_argument("a row has " + std::to_string(k) + " weights; this format needs a multiple of " +
-                                std::to_string(multiple));
-}
-
-struct Buffer {
-  explicit Buffer(const py::buffer& buffer, bool writable) : info(buffer.request(writable)) {
-    bytes = info.size * info.itemsize;
-  }
-  py::buffer_info info;
-  int64_t bytes;
-};
-
-void pack_rows(int format, int64_t n, int64_t k, int64_t row_begin, const py::buffer& rows, const py::buffer& packed) {
-  const recycle::Format kind = format_of(format);
-  check_k(kind, k);
-  const Buffer source(rows, false);
-  const Buffer target(packed, true);
-  const int64_t row_bytes = recycle::row_bytes(kind, k);
-  if (source.bytes % row_bytes != 0)
-    throw std::invalid_argument("rows has " + std::to_string(source.bytes) + " bytes; a row of this format has " +
-                                std::to_string(row_bytes));
-  const int64_t count = source.bytes / row_bytes;
-  if (row_begin < 0 || row_begin % recycle::kPanelRows != 0 || row_begin + count > n ||
-      (count % recycle::kPanelRows != 0 && row_begin + count != n))
-    throw std::invalid_argument("rows must begin at a multiple of 16 and end at one or at the last");
-  if (target.bytes != recycle::matrix_bytes(kind, n, k))
-    throw std::invalid_argument("packed has " + std::to_string(target.bytes) + " bytes; the matrix takes " +
-                                std::to_string(recycle::matrix_bytes(kind, n, k)));
-  const auto* from = static_cast<const std::byte*>(source.info.ptr);
-  auto* to = static_cast<std::byte*>(target.info.ptr);
-  py::gil_scoped_release release;
-  recycle::pack_rows(kind, k, row_begin, count, from, to);
-}
-
-int check_n_threads(int n) {
-  if (n < 1 || n > recycle::kMaxThreads)
-    throw std::invalid_argument("threads is " + std::to_string(n) + "; it must be 1 to " +
-                                std::to_string(recycle::kMaxThreads));
-  return n;
-}
 
 int64_t scratch_bytes(const py::buffer& plan, const py::buffer& weights, int64_t batch, int64_t num_draft_tokens,
                       bool greedy, int n_threads) {
@@ -89,7 +41,7 @@ int64_t scratch_bytes(const py::buffer& plan, const py::buffer& weights, int64_t
 }
 
 std::vector<std::string> runnable_isas() {
-  const char* names[3];
+  const char* names[recycle::kMaxIsas];
   const int count = recycle::runnable_isas(names);
   return {names, names + count};
 }
@@ -165,15 +117,17 @@ void bind_threads(py::module_& m) {
       "/sys are.");
 }
 
-// Packed weights, scratch and memory.
+// Scratch and memory.
 void bind_memory(py::module_& m) {
   m.def(
-      "use_huge_pages",
-      [](const py::buffer& data) {
-        const Buffer memory(data, true);
-        recycle::use_huge_pages(memory.info.ptr, memory.bytes);
+      "available_memory",
+      [](const std::string& root) -> std::optional<int64_t> {
+        const int64_t bytes = recycle::available_memory(root);
+        return bytes < 0 ? std::nullopt : std::optional(bytes);
       },
-      py::arg("data"), "Requests huge pages for memory that was not written to yet.");
+      py::arg("root") = "",
+      "Bytes that this process can still allocate, within its control groups; None where the system does not say. "
+      "root: where /proc and /sys are.");
 
   m.def(
       "read_bandwidth",
@@ -184,18 +138,6 @@ void bind_memory(py::module_& m) {
       "Bytes a second that all threads together read from a buffer of this size: the median of "
       "the repeats.");
 
-  m.def("pack_rows", &pack_rows, py::arg("format"), py::arg("n"), py::arg("k"), py::arg("row_begin"), py::arg("rows"),
-        py::arg("packed"),
-        "Packs rows [row_begin, ...) of an [n, k] matrix into `packed`, a buffer for the whole "
-        "matrix.");
-  m.def(
-      "matrix_bytes",
-      [](int format, int64_t n, int64_t k) {
-        const recycle::Format kind = format_of(format);
-        check_k(kind, k);
-        return recycle::matrix_bytes(kind, n, k);
-      },
-      py::arg("format"), py::arg("n"), py::arg("k"), "Bytes of a packed matrix.");
   m.def("scratch_bytes", &scratch_bytes, py::arg("plan"), py::arg("weights"), py::arg("batch"), py::arg("drafts"),
         py::arg("greedy"), py::arg("threads"),
         "Bytes of a row of scratch [threads, bytes], which decode_step and prefill need to run on that many threads.");
@@ -213,4 +155,5 @@ PYBIND11_MODULE(_C, m) {
   bind_process(m);
   bind_threads(m);
   bind_memory(m);
+  recycle::bindings::bind_weights(m);
 }

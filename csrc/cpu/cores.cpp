@@ -11,6 +11,8 @@
 #include <set>
 #include <thread>
 
+#include "control_groups.h"
+
 #if defined(__linux__)
 #include <dlfcn.h>
 #include <pthread.h>
@@ -96,26 +98,7 @@ int physical_cores(const std::vector<int>& cpus, const std::string& root) {
 
 double cpu_quota(const std::string& root) {
   double quota = std::numeric_limits<double>::infinity();
-  std::ifstream groups(root + "/proc/self/cgroup");
-  for (std::string line; std::getline(groups, line);) {
-    // "4:cpu,cpuacct:/path" in version 1, "0::/path" in version 2.
-    const size_t first = line.find(':');
-    const size_t second = line.find(':', first + 1);
-    if (first == std::string::npos || second == std::string::npos) continue;
-    std::string controllers = line.substr(first, second - first);
-    controllers += ':';
-    const bool is_version_2 = controllers == "::";
-    std::replace(controllers.begin(), controllers.end(), ',', ':');
-    if (!is_version_2 && controllers.find(":cpu:") == std::string::npos) continue;
-    const std::string mount = root + "/sys/fs/cgroup" + (is_version_2 ? "" : "/cpu");
-    // Each group above has a limit too. In a container the path may be the host's, and only the top is there.
-    std::string path = line.substr(second + 1);
-    while (true) {
-      quota = std::min(quota, quota_of(mount + path));
-      if (path.find('/') == std::string::npos) break;
-      path.erase(path.rfind('/'));
-    }
-  }
+  for_each_control_group("cpu", root, [&](const std::string& folder) { quota = std::min(quota, quota_of(folder)); });
   return quota;
 }
 

@@ -16,18 +16,26 @@ extern const Kernels kTable;
 namespace avx2 {
 extern const Kernels kTable;
 }
+namespace avxvnni {
+extern const Kernels kTable;
+}
 namespace avx512 {
 extern const Kernels kTable;
 }
 
 namespace {
 
-int runnable(const Kernels* tables[3]) {
+int runnable(const Kernels* tables[kMaxIsas]) {
   int count = 0;
   tables[count++] = &generic::kTable;
 #ifdef RECYCLE_HAVE_AVX2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     tables[count++] = &avx2::kTable;
+#endif
+#ifdef RECYCLE_HAVE_AVXVNNI
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+      __builtin_cpu_supports("avxvnni"))
+    tables[count++] = &avxvnni::kTable;
 #endif
 #ifdef RECYCLE_HAVE_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -38,7 +46,7 @@ int runnable(const Kernels* tables[3]) {
 }
 
 const Kernels* best() {
-  const Kernels* tables[3];
+  const Kernels* tables[kMaxIsas];
   return tables[runnable(tables) - 1];
 }
 
@@ -59,7 +67,7 @@ bool force_isa(const char* name) {
     chosen.store(nullptr, std::memory_order_relaxed);
     return true;
   }
-  const Kernels* tables[3];
+  const Kernels* tables[kMaxIsas];
   const int count = runnable(tables);
   for (int i = 0; i < count; ++i) {
     if (std::strcmp(tables[i]->name, name) == 0) {
@@ -70,8 +78,8 @@ bool force_isa(const char* name) {
   return false;
 }
 
-int runnable_isas(const char* names[3]) {
-  const Kernels* tables[3];
+int runnable_isas(const char* names[kMaxIsas]) {
+  const Kernels* tables[kMaxIsas];
   const int count = runnable(tables);
   for (int i = 0; i < count; ++i) names[i] = tables[i]->name;
   return count;

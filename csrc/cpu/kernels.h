@@ -54,19 +54,27 @@ constexpr int64_t attend_tile_floats(int64_t n_rows, int64_t group, int64_t head
   return 16 * kMaxKeyBlocks * head_dim + n_rows * group * (2 * head_dim + kChunk + 2);
 }
 
-// The input rows of gemm(). Quantized matrices read the other arrays in place of x: the rows as 16-bit integers
-// (four in two words, in the order of the instruction set's dot products), and for each block of 32 its scale, the
-// sum of its rounded values, and minus the sum of its integers.
-struct Activations {
-  const float* x = nullptr;             // [rows, k]
-  const int32_t* quants = nullptr;      // [rows, k / 2]
-  const float* scales = nullptr;        // [rows, k / 32]
-  const float* sums = nullptr;          // [rows, k / 32]
-  const int32_t* minus_sums = nullptr;  // [rows, k / 32]
+// Rows as quantized matrices read them: as 16-bit integers (four in two words, in the order of the instruction set's
+// dot products); for each block of 32 its scale, the sum of its rounded values, and minus the sum of its integers; the
+// same sums for each 16. The rows stand one after the other, without gaps.
+struct QuantizedRows {
+  int32_t* quants = nullptr;           // [rows, k / 2]
+  float* scales = nullptr;             // [rows, k / 32]
+  float* sums = nullptr;               // [rows, k / 32]
+  int32_t* minus_sums = nullptr;       // [rows, k / 32]
+  float* half_sums = nullptr;          // [rows, k / 16]
+  int32_t* minus_half_sums = nullptr;  // [rows, k / 16]
+};
+
+// The input rows of gemm(). Quantized matrices read the other arrays in place of x.
+struct Activations : QuantizedRows {
+  const float* x = nullptr;  // [rows, k]
 
   Activations from_row(int64_t row, int64_t k) const {
     const int64_t block = row * (k / kBlock);
-    return {x + row * k, quants + row * (k / 2), scales + block, sums + block, minus_sums + block};
+    return {{quants + row * (k / 2), scales + block, sums + block, minus_sums + block, half_sums + 2 * block,
+             minus_half_sums + 2 * block},
+            x + row * k};
   }
 };
 
@@ -77,8 +85,8 @@ struct Kernels {
   // next: the weights that the calling thread reads next, to prefetch.
   void (*gemm)(const Matrix& matrix, int64_t panel, int64_t panels, const Activations& x, int64_t rows,
                const std::byte* next, float* out);
-  // Fills the other arrays of Activations from x [n]. n: a multiple of 32.
-  void (*quantize)(const float* x, int64_t n, int32_t* quants, float* scales, float* sums, int32_t* minus_sums);
+  // Rounds x [n]. n: a multiple of 32.
+  void (*quantize)(const float* x, int64_t n, const QuantizedRows& to);
   // out = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019). n: a multiple of 16. out may be x.
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
   // out = gate * sigmoid(gate) * up (Shazeer 2020). n: a multiple of 16.
@@ -99,10 +107,11 @@ struct Kernels {
 
 // The table in use: the best that this processor can run, unless force_isa() has chosen another.
 const Kernels& kernels();
-// "generic", "avx2" or "avx512"; null: the best. False if this build or this processor lacks it. Waits for the
+// "generic", "avx2", "avxvnni" or "avx512"; null: the best. False if this build or this processor lacks it. Waits for the
 // parallel() that runs.
 bool force_isa(const char* name);
 // Instruction sets that this build has and this processor can run, best last; returns how many.
-int runnable_isas(const char* names[3]);
+inline constexpr int kMaxIsas = 4;
+int runnable_isas(const char* names[kMaxIsas]);
 
 }  // namespace recycle

@@ -34,19 +34,20 @@ void ForwardWork::take(Arena& arena, int64_t rows, const Stack& a, const Stack& 
 
 void ThreadScratch::take(Arena& arena, int64_t rows, int64_t widest) {
   input = arena.take<float>(rows * widest);
-  quants = arena.take<int32_t>(rows * widest / 2);
-  scales = arena.take<float>(rows * widest / kBlock);
-  sums = arena.take<float>(rows * widest / kBlock);
-  minus_sums = arena.take<int32_t>(rows * widest / kBlock);
+  const int64_t blocks = rows * widest / kBlock;
+  quantized = {arena.take<int32_t>(rows * widest / 2),
+               arena.take<float>(blocks),
+               arena.take<float>(blocks),
+               arena.take<int32_t>(blocks),
+               arena.take<float>(blocks * 2),
+               arena.take<int32_t>(blocks * 2)};
   tile = arena.take<float>(rows * kTileRows);
 }
 
 Activations ThreadScratch::activations(const float* x, int64_t rows, int64_t k,
                                        std::initializer_list<Format> formats) const {
-  bool quantized = false;
-  for (const Format format : formats) quantized = quantized || is_quantized(format);
-  if (quantized) kernels().quantize(x, rows * k, quants, scales, sums, minus_sums);
-  return {x, quants, scales, sums, minus_sums};
+  if (std::any_of(formats.begin(), formats.end(), is_quantized)) kernels().quantize(x, rows * k, quantized);
+  return {quantized, x};
 }
 
 namespace {

@@ -18,11 +18,9 @@ inline AttentionShape attention_shape(const Stack& stack) { return {stack.n_head
 
 // The arrays that one thread uses alone.
 struct ThreadScratch {
-  float* input;     // [rows, widest input of a matmul]
-  int32_t* quants;  // the arrays of Activations, for the widest input
-  float *scales, *sums;
-  int32_t* minus_sums;
-  float *tile, *tile2;  // [rows, kTileRows]
+  float* input;             // [rows, widest input of a matmul]
+  QuantizedRows quantized;  // for the widest input
+  float *tile, *tile2;      // [rows, kTileRows]
   float* attend_tile;
 
   void take(Arena& arena, int64_t rows, int64_t widest);

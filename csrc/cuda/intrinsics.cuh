@@ -47,6 +47,18 @@ RECYCLE_DEVICE uint2 load_weights_8(const std::byte* from) {
   return value;
 }
 
+RECYCLE_DEVICE uint32_t load_weights_4(const std::byte* from) {
+  uint32_t value;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(value) : "l"(from));
+  return value;
+}
+
+// Four of the eight bytes of two words: byte i of the result is the one that bits 4i .. 4i + 2 of the selector name;
+// 0 to 3 are those of `low`.
+RECYCLE_DEVICE uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t selector) {
+  return __byte_perm(low, high, selector);
+}
+
 RECYCLE_DEVICE float from_half(uint16_t half) { return __half2float(__ushort_as_half(half)); }
 
 // Allows the next kernel of the stream to start.

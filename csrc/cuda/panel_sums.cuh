@@ -1,30 +1,28 @@
 // The inner loop of a GEMV: one block's threads read panels of 16 outputs (format.h) and keep sums for R rows of x.
 //
 // A panel is read by one block from end to end, 16 bytes a thread. A cache line of 64 bytes has all 16 outputs for
-// some k: four threads share the line, each with 4 outputs, and read the same x. A warp reads 8 lines at once; the
-// warps take lines in turns, and load the lines of the next iteration before they use those of this one.
+// some k: four threads share the line, each with 4 outputs, and read the same x. A warp reads 8 lines at once (and the
+// lines of upper bits that belong to them); the warps take lines in turns, and load the lines of the next iteration
+// before they use those of this one.
 //
 // The order of additions depends on k alone: the lines of a thread ascending; then the 8 lines of a warp's load, as a
 // butterfly; then the warps ascending (gemv.cuh). Rows never mix: the bits of a row don't depend on other rows.
 #pragma once
 
-#include "intrinsics.cuh"
-#include "recycle/numbers.h"
+#include <utility>
+
+#include "panel_line.cuh"
 
 namespace recycle::cuda {
 
 inline constexpr int kGemvThreads = 256;
 inline constexpr int kGemvWarps = kGemvThreads / kWarp;
-inline constexpr int kOutputsPerThread = 4;
-inline constexpr int kThreadsPerLine = kPanelRows / kOutputsPerThread;
 inline constexpr int kLinesPerWarp = kWarp / kThreadsPerLine;
-// Cache lines of a thread's iteration, while those of the next iteration are in flight.
+inline constexpr int kLinesPerBlock = kGemvWarps * kLinesPerWarp;
+// Loads of 16 bytes of a thread's iteration, while those of the next iteration are in flight.
 inline constexpr int kUnroll = 4;
 // Stands for a format: the matrices differ in format, or have a rare one; the kernel dispatches at run time.
 inline constexpr int kMixed = -1;
-
-// A small integer to float without the slow conversion: 0x4B000000 is 2^23 as a float, with zeros for low bits.
-RECYCLE_DEVICE float small_to_float(uint32_t value) { return std::bit_cast<float>(0x4B000000u | value) - 8388608.0f; }
 
 // A thread's sums for a panel of each of M matrices and R rows. kFormat: the format of all matrices, or kMixed.
 template <int R, int M, int kFormat>
@@ -66,67 +64,49 @@ class PanelSums {
   template <int m>
   RECYCLE_DEVICE void dispatch(Format format, const std::byte* const (&panels)[M], int64_t begin, int64_t end,
                                const float* x) {
-    const auto try_formats = [&]<Format... formats>() {
-      ((format == formats ? accumulate_lines<formats, m, 1>(panels, begin, end, x) : void()), ...);
+    const auto try_formats = [&]<int... f>(std::integer_sequence<int, f...>) {
+      ((static_cast<int>(format) == f ? accumulate_lines<static_cast<Format>(f), m, 1>(panels, begin, end, x) : void()),
+       ...);
     };
-    try_formats.template operator()<Format::f32, Format::f16, Format::bf16, Format::q8_0, Format::q4_0, Format::q4_1>();
-  }
-
-  // Columns k in a cache line.
-  template <Format format>
-  static constexpr int k_per_line() {
-    return format == Format::f32                             ? 1
-           : format == Format::f16 || format == Format::bf16 ? 2
-           : format == Format::q8_0                          ? 4
-                                                             : 8;
-  }
-
-  // The part of a line with outputs 4 * group .. 4 * group + 3.
-  template <Format format>
-  RECYCLE_DEVICE static uint4 load_line(const std::byte* panel, int64_t line, int group) {
-    if constexpr (is_quantized(format)) {
-      constexpr int64_t lines = kBlock / k_per_line<format>();
-      return load_weights(panel + quants_at(format, line / lines) + line % lines * kAlign + group * 16);
-    } else if constexpr (format == Format::f16) {
-      // Half a line is 16 outputs for one k.
-      const uint2 low = load_weights_8(panel + line * kAlign + group * 8);
-      const uint2 high = load_weights_8(panel + line * kAlign + kAlign / 2 + group * 8);
-      return {low.x, low.y, high.x, high.y};
-    } else {
-      return load_weights(panel + line * kAlign + group * 16);
-    }
+    try_formats(std::make_integer_sequence<int, kFormats>());
   }
 
   // Matrices first .. first + N - 1, line by line side by side.
   template <Format format, int first, int N>
   RECYCLE_DEVICE void accumulate_lines(const std::byte* const (&panels)[M], int64_t begin, int64_t end,
                                        const float* x) {
-    constexpr int K = k_per_line<format>();
-    constexpr int kStep = kGemvWarps * kLinesPerWarp;
-    constexpr int U = kUnroll / N;
-    const int lane = threadIdx.x % kWarp;
-    const int group = lane % kThreadsPerLine;
-    const int64_t end_line = end / K;
-    int64_t line = begin / K + threadIdx.x / kWarp * kLinesPerWarp + lane / kThreadsPerLine;
+    using Line = PanelLine<format>;
+    constexpr int K = Line::kColumns;
+    // Lines of a matrix in an iteration: fewer where a kernel has all formats or eight rows, or would spill registers.
+    constexpr int kLines = kUnroll / (kFormat == kMixed ? 2 * M : R == 8 ? 2 : N);
+    constexpr bool kHalf = Line::kHasUpper || (R == 2 && N == 2 && Line::kQ.has_minimum());
+    constexpr int U = kHalf && kLines > 1 ? kLines / 2 : kLines;
+    const int group = threadIdx.x % kThreadsPerLine;
+    // Unsigned: divisions by constants are shifts.
+    const auto end_line = static_cast<uint32_t>(end / K);
+    uint32_t line = static_cast<uint32_t>(begin / K) + threadIdx.x / kThreadsPerLine;
     x -= begin;
-    uint4 now[N][U], next[N][U];
-    const auto load = [&](uint4(&to)[N][U], int64_t from) {
+    Line now[N][U], next[N][U];
+    const auto load = [&](Line(&to)[N][U], uint32_t from) {
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        const int64_t at = from + u * kStep;
+        const uint32_t at = from + u * kLinesPerBlock;
 #pragma unroll
         for (int m = 0; m < N; ++m)
-          if (at < end_line) to[m][u] = load_line<format>(panels[first + m], at, group);
+          if (at < end_line) to[m][u].load(panels[first + m], at, group);
       }
     };
+    // A register that is loaded under a condition counts as in use before: without this, those of all formats at once.
+    if constexpr (kFormat == kMixed)
+      for (int u = 0; u < U; ++u) now[0][u] = next[0][u] = {};
     load(now, line);
-    for (; line + (U - 1) * kStep < end_line; line += U * kStep) {
-      load(next, line + U * kStep);
+    for (; line + (U - 1) * kLinesPerBlock < end_line; line += U * kLinesPerBlock) {
+      load(next, line + U * kLinesPerBlock);
 #pragma unroll
       for (int u = 0; u < U; ++u)
 #pragma unroll
         for (int m = 0; m < N; ++m)
-          accumulate_line<format>(panels[first + m], now[m][u], line + u * kStep, group, x, sums[first + m]);
+          accumulate_line(panels[first + m], now[m][u], line + u * kLinesPerBlock, group, x, sums[first + m]);
 #pragma unroll
       for (int u = 0; u < U; ++u)
 #pragma unroll
@@ -136,83 +116,68 @@ class PanelSums {
     for (int u = 0; u < U; ++u)
 #pragma unroll
       for (int m = 0; m < N; ++m)
-        if (line + u * kStep < end_line)
-          accumulate_line<format>(panels[first + m], now[m][u], line + u * kStep, group, x, sums[first + m]);
+        if (line + u * kLinesPerBlock < end_line)
+          accumulate_line(panels[first + m], now[m][u], line + u * kLinesPerBlock, group, x, sums[first + m]);
   }
 
-  // raw: this thread's part of line `line`; x starts at column 0.
+  // x starts at column 0.
   template <Format format>
-  RECYCLE_DEVICE void accumulate_line(const std::byte* panel, uint4 raw, int64_t line, int group, const float* x,
-                                      float (&out)[R][kOutputsPerThread]) {
-    constexpr int K = k_per_line<format>();
-    const int64_t column = line * K;
-    float scales[kOutputsPerThread], minima[kOutputsPerThread];
+  RECYCLE_DEVICE void accumulate_line(const std::byte* panel, const PanelLine<format>& part, uint32_t line, int group,
+                                      const float* x, float (&out)[R][kOutputsPerThread]) {
+    constexpr int K = PanelLine<format>::kColumns;
+    x += line * K;
     if constexpr (is_quantized(format)) {
-      const std::byte* at = panel + scales_at(format, column / kBlock) + group * kOutputsPerThread * 2;
-      widen_halves(load_weights_8(at), scales);
-      if constexpr (format == Format::q4_1) widen_halves(load_weights_8(at + kPanelRows * 2), minima);
-    }
-    float weights[kOutputsPerThread][K];
-    widen<format>(raw, weights);
+      accumulate_quants(panel, part, line, group, x, out);
+    } else {
+      float weights[kOutputsPerThread][K];
+      part.widen(weights);
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      float values[K];
-      load_x(x + r * stride_ + column, values);
-      if constexpr (!is_quantized(format)) {
+      for (int r = 0; r < R; ++r) {
+        float values[K];
+        load_x(x + r * stride_, values);
 #pragma unroll
         for (int o = 0; o < kOutputsPerThread; ++o)
 #pragma unroll
           for (int i = 0; i < K; ++i) out[r][o] = fmaf(weights[o][i], values[i], out[r][o]);
-      } else {
-        float total = 0;
-        if constexpr (format == Format::q4_1)
-          for (int i = 0; i < K; ++i) total += values[i];
-#pragma unroll
-        for (int o = 0; o < kOutputsPerThread; ++o) {
-          float sum = 0;
-#pragma unroll
-          for (int i = 0; i < K; ++i) sum = fmaf(weights[o][i], values[i], sum);
-          out[r][o] = fmaf(scales[o], sum, out[r][o]);
-          if constexpr (format == Format::q4_1) out[r][o] = fmaf(minima[o], total, out[r][o]);
-        }
       }
     }
   }
 
-  // A quantized weight without its scale: quant - zero point.
-  template <Format format, int K>
-  RECYCLE_DEVICE static void widen(uint4 raw, float (&weights)[kOutputsPerThread][K]) {
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+  // Four columns of all rows at a time, so that few weights wait in registers. x starts at the line's first column.
+  template <Format format>
+  RECYCLE_DEVICE void accumulate_quants(const std::byte* panel, const PanelLine<format>& part, uint32_t line, int group,
+                                        const float* x, float (&out)[R][kOutputsPerThread]) {
+    constexpr bool has_minimum = PanelLine<format>::kQ.has_minimum();
+    float line_sums[R][kOutputsPerThread] = {}, x_sums[R] = {};
 #pragma unroll
-    for (int o = 0; o < kOutputsPerThread; ++o) {
-      if constexpr (format == Format::f32) {
-        weights[o][0] = std::bit_cast<float>(words[o]);
-      } else if constexpr (format == Format::bf16) {
-        weights[o][0] = std::bit_cast<float>(words[o] << 16);
-        weights[o][1] = std::bit_cast<float>(words[o] & 0xFFFF0000u);
-      } else if constexpr (format == Format::f16) {
-        for (int i = 0; i < 2; ++i)
-          weights[o][i] = from_half(static_cast<uint16_t>(words[i * 2 + o / 2] >> (o % 2 * 16)));
-      } else if constexpr (format == Format::q8_0) {
-        for (int i = 0; i < 4; ++i) weights[o][i] = small_to_float(words[o] >> (8 * i) & 255) - 128;
-      } else {
-        constexpr float zero = format == Format::q4_0 ? 8 : 0;
-        for (int i = 0; i < 4; ++i) {
-          weights[o][i] = small_to_float(words[o] >> (8 * i) & 15) - zero;
-          weights[o][i + 4] = small_to_float(words[o] >> (8 * i + 4) & 15) - zero;
-        }
+    for (int quad = 0; quad < PanelLine<format>::kColumns / 4; ++quad) {
+      float weights[kOutputsPerThread][4];
+      part.widen_quad(line, quad, weights);
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        float values[4];
+        load_x(x + r * stride_ + quad * 4, values);
+#pragma unroll
+        for (int o = 0; o < kOutputsPerThread; ++o)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) line_sums[r][o] = fmaf(weights[o][i], values[i], line_sums[r][o]);
+        if constexpr (has_minimum)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) x_sums[r] += values[i];
       }
     }
+    float scales[kOutputsPerThread], minima[kOutputsPerThread];
+    PanelLine<format>::load_scales(panel, line, group, scales, minima);
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int o = 0; o < kOutputsPerThread; ++o) {
+        out[r][o] = fmaf(scales[o], line_sums[r][o], out[r][o]);
+        if constexpr (has_minimum) out[r][o] = fmaf(minima[o], x_sums[r], out[r][o]);
+      }
   }
 
-  RECYCLE_DEVICE static void widen_halves(uint2 raw, float (&values)[4]) {
-    values[0] = from_half(static_cast<uint16_t>(raw.x));
-    values[1] = from_half(static_cast<uint16_t>(raw.x >> 16));
-    values[2] = from_half(static_cast<uint16_t>(raw.y));
-    values[3] = from_half(static_cast<uint16_t>(raw.y >> 16));
-  }
-
-  // K neighbours in as few loads as possible; `from` is aligned to K floats, or to 4.
+  // K neighbours in one load; `from` is aligned to K floats.
   template <int K>
   RECYCLE_DEVICE static void load_x(const float* from, float (&values)[K]) {
     if constexpr (K == 1) {
@@ -222,14 +187,11 @@ class PanelSums {
       values[0] = two.x;
       values[1] = two.y;
     } else {
-#pragma unroll
-      for (int i = 0; i < K; i += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(from + i);
-        values[i] = four.x;
-        values[i + 1] = four.y;
-        values[i + 2] = four.z;
-        values[i + 3] = four.w;
-      }
+      const float4 four = *reinterpret_cast<const float4*>(from);
+      values[0] = four.x;
+      values[1] = four.y;
+      values[2] = four.z;
+      values[3] = four.w;
     }
   }
 };

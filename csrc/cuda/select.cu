@@ -16,14 +16,6 @@ constexpr int kThreads = kSampleThreads;
 
 // ---- inputs of the passes -----------------------------------------------------------------------------
 
-// read_weight() with divisions by constants: a 64-bit division by a variable is a function call.
-RECYCLE_DEVICE float embedding_at(const Matrix& matrix, int64_t token, int64_t k) {
-  const std::byte* panel = matrix.panel(token / kPanelRows);
-  const int64_t lane = token % kPanelRows;
-  return is_quantized(matrix.format) ? read_weight(matrix.format, panel, lane, k / kBlock, k % kBlock)
-                                     : read_weight(matrix.format, panel, lane, k / kPanelRows, k % kPanelRows);
-}
-
 // out = x / sqrt(mean(x^2) + eps) * weight, or x where `weight` is null. All threads call; out may be x.
 RECYCLE_DEVICE void norm_row(const float* x, const float* weight, float eps, int64_t n, float* out) {
   float scale = 1;
@@ -41,7 +33,7 @@ RECYCLE_DEVICE void write_module_input(const SelectParams& params, int64_t token
                                        const float* final_norm, float* input) {
   const bool zero = params.zero_first_embedding && position == 0;
   for (int64_t i = threadIdx.x; i < params.hidden; i += kThreads)
-    input[i] = zero ? 0 : embedding_at(params.embedding, token, i);
+    input[i] = zero ? 0 : read_weight(params.embedding, token, i);
   norm_row(input, params.embed_norm, params.module_eps, params.hidden, input);
   float* state = input + params.hidden;
   norm_row(hidden, final_norm, params.base_eps, params.hidden, state);
@@ -79,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 1) begin_kernel(SelectParams params)
   for (int j = 0; j <= params.last_row; ++j) are_tokens = are_tokens && is_token(params, pending[j]);
   const bool is_used = !is_idle && fits && are_tokens && row_in_sequence <= params.last_row;
   for (int64_t i = threadIdx.x; i < params.hidden; i += kThreads)
-    buffers.x[row * params.hidden + i] = is_used ? embedding_at(params.embedding, pending[row_in_sequence], i) : 0;
+    buffers.x[row * params.hidden + i] = is_used ? read_weight(params.embedding, pending[row_in_sequence], i) : 0;
   if (row == 0)
     for (int i = threadIdx.x; i < buffers.n_counters; i += kThreads) buffers.blocks_done[i] = 0;
   if (threadIdx.x != 0) return;

@@ -70,13 +70,16 @@ inline Buffer<std::byte> random_rows(Format format, int64_t n, int64_t k, Random
       for (int64_t i = 0; i < n * k; ++i)
         put(i * 2, static_cast<uint16_t>((random() & 0x83FF) | (8 + random() % 4) << 10));
       break;
-    case Format::q8_0:
-    case Format::q4_0:
-    case Format::q4_1: {
-      const int64_t bytes = recycle::row_bytes(format, recycle::kBlock);
-      for (int64_t block = 0; block < n * k / recycle::kBlock; ++block) {
-        put(block * bytes, static_cast<uint16_t>((format == Format::q8_0 ? 0x1400 : 0x2400) | (random() & 0x3FF)));
-        if (format == Format::q4_1) put(block * bytes + 2, static_cast<uint16_t>(0xAF80));  // about -0.117
+    default: {
+      const recycle::Quantization q = recycle::quantization(format);
+      // The half scale: 2^-10 for quants of 8 bits and for blocks of 256, whose integer scales are some 30; else 2^-6.
+      const int exponent = q.low_bits == 8 || q.is_block_256() || recycle::has_table(format) ? 0x1400 : 0x2400;
+      const int64_t at = format == Format::q2_k ? 80 : format == Format::q3_k ? 108 : format == Format::q6_k ? 208 : 0;
+      for (int64_t block = 0; block < n * k / q.block; ++block) {
+        put(block * q.file_bytes + at, static_cast<uint16_t>(exponent | (random() & 0x3FF)));
+        if (!q.has_minimum()) continue;
+        // About -0.117; in a block of 256 a positive number that is subtracted.
+        put(block * q.file_bytes + at + 2, static_cast<uint16_t>(q.is_block_256() ? 0x1C00 : 0xAF80));
       }
     }
   }
@@ -96,23 +99,26 @@ struct RandomMatrix {
 // A model and its module; the plan and the weights as recycle_ext/weights/plan.py writes them.
 class RandomModel {
  public:
-  static constexpr int64_t kVocab = 53, kDraftVocab = 21, kHidden = 32, kInner = 64;
+  static constexpr int64_t kVocab = 53, kDraftVocab = 21;
   static constexpr int64_t kHeads = 4, kKvHeads = 2, kHeadDim = 16;
 
-  explicit RandomModel(Format format, unsigned seed = 0) : random_(seed) {
+  explicit RandomModel(Format format, unsigned seed = 0)
+      : hidden_(recycle::round_up(32, recycle::k_multiple(format))),
+        inner_(recycle::round_up(64, recycle::k_multiple(format))),
+        random_(seed) {
     plan = {recycle::kPlanMagic, recycle::kPlanVersion, 0, 1};
     stack(2);
     plan.push_back(kVocab);
-    matrix(format, kVocab, kHidden);
-    vector(kHidden);
-    matrix(format, kVocab, kHidden);
+    matrix(format, kVocab, hidden_);
+    vector(hidden_);
+    matrix(format, kVocab, hidden_);
     for (int layer = 0; layer < 2; ++layer) add_layer(format);
     stack(1);
-    matrix(format, kHidden, 2 * kHidden);
+    matrix(format, hidden_, 2 * hidden_);
     plan.push_back(-1);
-    for (int norm = 0; norm < 3; ++norm) vector(kHidden);
+    for (int norm = 0; norm < 3; ++norm) vector(hidden_);
     plan.push_back(kDraftVocab);
-    matrix(format, kDraftVocab, kHidden);
+    matrix(format, kDraftVocab, hidden_);
     std::vector<int64_t> ids;
     for (int64_t i = 0; i < kDraftVocab; ++i) ids.push_back(2 * i + 3);
     add(ids.data(), kDraftVocab * 8);
@@ -142,31 +148,34 @@ class RandomModel {
     add(values.data(), n * 4);
   }
   void matrix(Format format, int64_t n, int64_t k) {
+    // The attention's output is too short for a block of 256; a file that people have mixes formats as well.
+    if (k % recycle::k_multiple(format) != 0) format = Format::q8_0;
     const RandomMatrix made(format, n, k, random_);
     add(made.packed.data(), made.packed.size());
     plan.insert(plan.end(), {static_cast<int64_t>(format), n, k});
   }
   void stack(int64_t layers) {
-    plan.insert(plan.end(), {kHidden, kInner, layers, kHeads, kKvHeads, kHeadDim, 0x3727C5AC});  // eps 1e-5
+    plan.insert(plan.end(), {hidden_, inner_, layers, kHeads, kKvHeads, kHeadDim, 0x3727C5AC});  // eps 1e-5
     std::vector<float> inv_freq;
     for (int64_t i = 0; i < kHeadDim / 2; ++i) inv_freq.push_back(std::pow(10000.0f, -static_cast<float>(i) / 8));
     add(inv_freq.data(), kHeadDim * 2);
   }
   void add_layer(Format format) {
-    vector(kHidden);
-    matrix(format, kHeads * kHeadDim, kHidden);
-    matrix(format, kKvHeads * kHeadDim, kHidden);
-    matrix(format, kKvHeads * kHeadDim, kHidden);
+    vector(hidden_);
+    matrix(format, kHeads * kHeadDim, hidden_);
+    matrix(format, kKvHeads * kHeadDim, hidden_);
+    matrix(format, kKvHeads * kHeadDim, hidden_);
     plan.insert(plan.end(), {-1, -1, -1});
     vector(kHeadDim);
     vector(kHeadDim);
-    matrix(format, kHidden, kHeads * kHeadDim);
-    vector(kHidden);
-    matrix(format, kInner, kHidden);
-    matrix(format, kInner, kHidden);
-    matrix(format, kHidden, kInner);
+    matrix(format, hidden_, kHeads * kHeadDim);
+    vector(hidden_);
+    matrix(format, inner_, hidden_);
+    matrix(format, inner_, hidden_);
+    matrix(format, hidden_, inner_);
   }
 
+  const int64_t hidden_, inner_;
   Random random_;
   std::vector<std::byte> bytes_;
 };

@@ -2,8 +2,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <vector>
 
 #include "../../csrc/cpu/kernels.h"
+#include "../../csrc/cpu/pack.h"
 #include "check.h"
 #include "random_model.h"
 #include "recycle/attention.h"
@@ -16,7 +19,7 @@ namespace {
 
 template <class Body>
 void on_every_isa(Body body) {
-  const char* names[3];
+  const char* names[kMaxIsas];
   const int count = runnable_isas(names);
   for (int i = 0; i < count; ++i) {
     CHECK(force_isa(names[i]));
@@ -33,46 +36,50 @@ struct Rows {
   Rows(int64_t rows, int64_t k, test::Random& random)
       : x(test::normals(rows * k, random)),
         quants(rows * k / 2),
+        minus_sums(rows * k / kBlock),
+        minus_half_sums(rows * k / 16),
         scales(rows * k / kBlock),
         sums(rows * k / kBlock),
-        minus_sums(rows * k / kBlock) {}
+        half_sums(rows * k / 16) {}
   Activations activations() const {
-    if (x.size() % kBlock == 0)
-      kernels().quantize(x.data(), x.size(), quants.data(), scales.data(), sums.data(), minus_sums.data());
-    return {x.data(), quants.data(), scales.data(), sums.data(), minus_sums.data()};
+    const QuantizedRows to = {quants.data(),     scales.data(),    sums.data(),
+                              minus_sums.data(), half_sums.data(), minus_half_sums.data()};
+    if (x.size() % kBlock == 0) kernels().quantize(x.data(), x.size(), to);
+    return {to, x.data()};
   }
   Buffer<float> x;
-  Buffer<int32_t> quants;
-  Buffer<float> scales, sums;
-  Buffer<int32_t> minus_sums;
+  Buffer<int32_t> quants, minus_sums, minus_half_sums;
+  Buffer<float> scales, sums, half_sums;
 };
 
 }  // namespace
 
 TEST(gemm_is_the_sum_over_columns) {
   test::Random random(3);
+  const int64_t n = 5 * kPanelRows;
   on_every_isa([&] {
     for (int f = 0; f < kFormats; ++f)
-      for (const int64_t k : {int64_t{32}, int64_t{96}, int64_t{160}}) {
+      for (const int64_t at_least : {32, 96, 288}) {
         const auto format = static_cast<Format>(f);
-        const int64_t n = 5 * kPanelRows;
+        const int64_t k = round_up(at_least, k_multiple(format));
         const test::RandomMatrix matrix(format, n, k, random);
-        for (const int64_t rows : {1, 2, 3, 4, 5, 8, 33}) {
+        Buffer<float> weights(n * k);
+        for (int64_t i = 0; i < n; ++i) unpack_row(matrix.view, i, weights.data() + i * k);
+        for (const int64_t rows : {1, 2, 3, 4, 5, 8, 13}) {
           const Rows input(rows, k, random);
           const Activations x = input.activations();
-          for (const auto& [panel, panels] : {std::pair{0, 4}, {1, 3}, {3, 2}, {4, 1}}) {
+          for (const auto& [panel, panels] : {std::pair{0, 4}, {3, 2}}) {
             Buffer<float> out(rows * kTileRows);
             kernels().gemm(matrix.view, panel, panels, x, rows, matrix.view.data, out.data());
             for (int64_t row = 0; row < rows; ++row) {
+              const float* values = input.x.data() + row * k;
+              double largest = 0;
+              for (int64_t j = 0; j < k; ++j) largest = std::max<double>(largest, std::fabs(values[j]));
               for (int64_t i = 0; i < panels * kPanelRows; ++i) {
-                double sum = 0, sizes = 0, largest = 0;
-                for (int64_t j = 0; j < k; ++j) {
-                  const double weight = read_weight(matrix.view, panel * kPanelRows + i, j);
-                  const double value = input.x[row * k + j];
-                  sum += weight * value;
-                  sizes += std::fabs(weight);
-                  largest = std::max(largest, std::fabs(value));
-                }
+                const float* of_output = weights.data() + (panel * kPanelRows + i) * k;
+                double sum = 0, sizes = 0;
+                for (int64_t j = 0; j < k; ++j)
+                  sum += double{of_output[j]} * values[j], sizes += std::fabs(of_output[j]);
                 // Quantized matrices round each value to 1/32767 of the largest in its block.
                 const double rounding = is_quantized(format) ? 1.0 / 32767 : 1e-6;
                 CHECK(near(out[row * kTileRows + i], sum, sizes * largest * rounding + 1e-6));
@@ -86,6 +93,24 @@ TEST(gemm_is_the_sum_over_columns) {
         }
       }
   });
+}
+
+TEST(vector_instruction_sets_compute_the_same_bits) {
+  test::Random random(7);
+  for (int f = 0; f < kFormats; ++f) {
+    const auto format = static_cast<Format>(f);
+    const int64_t n = 3 * kPanelRows, k = round_up(96, k_multiple(format)), rows = 9;
+    const test::RandomMatrix matrix(format, n, k, random);
+    const Rows input(rows, k, random);
+    std::vector<Buffer<float>> outputs;
+    for (const char* isa : {"avx2", "avxvnni", "avx512"}) {
+      if (!force_isa(isa)) continue;
+      outputs.emplace_back(rows * kTileRows);
+      kernels().gemm(matrix.view, 0, 3, input.activations(), rows, matrix.view.data, outputs.back().data());
+    }
+    for (const Buffer<float>& other : outputs) CHECK(std::equal(other.begin(), other.end(), outputs[0].begin()));
+  }
+  force_isa(nullptr);
 }
 
 TEST(quantize_has_the_sums_of_its_rounded_values) {
@@ -102,6 +127,10 @@ TEST(quantize_has_the_sums_of_its_rounded_values) {
       CHECK(near(scale, largest / 32767, largest * 1e-6));
       CHECK(near(input.sums[block], sum, scale * kBlock));
       CHECK(near(-static_cast<double>(input.minus_sums[block]) * scale, input.sums[block], largest * 1e-5));
+      CHECK(input.minus_sums[block] == input.minus_half_sums[2 * block] + input.minus_half_sums[2 * block + 1]);
+      for (const int64_t half : {2 * block, 2 * block + 1})
+        CHECK(near(-static_cast<double>(input.minus_half_sums[half]) * scale, input.half_sums[half], largest * 1e-5));
+      CHECK(near(input.half_sums[2 * block + 1], std::accumulate(x + 16, x + 32, 0.0), scale * 16));
     }
   });
 }

@@ -74,7 +74,7 @@ TEST(unpacked_rows_are_the_rows_that_were_packed) {
   for (int format = 0; format < kFormats; ++format)
     for (const int64_t n : {1, 16, 37}) {
       const auto kind = static_cast<Format>(format);
-      const int64_t k = 96;
+      const int64_t k = round_up(96, k_multiple(kind));
       const auto rows = test::random_rows(kind, n, k, random);
       test::Buffer<std::byte> packed(matrix_bytes(kind, n, k));
       // In two calls where there are panels for two.
@@ -102,7 +102,9 @@ TEST(unpacked_rows_are_the_rows_that_were_packed) {
           if (kind == Format::q4_0) exact = half_to_float(u16(block)) * (nibble(block + 2) - 8);
           if (kind == Format::q4_1)
             exact = half_to_float(u16(block)) * nibble(block + 4) + half_to_float(u16(block + 2));
-          CHECK(row[j] == exact);
+          // Blocks of 256 and those with a fifth bit or a table: test_weights_layout.py has another reader for them.
+          if (k_multiple(kind) == 16 || (quantization(kind).high_bits == 0 && k == 96 && !has_table(kind)))
+            CHECK(row[j] == exact);
         }
       }
     }
@@ -141,6 +143,13 @@ TEST(drawn_token_is_the_one_whose_interval_holds_u) {
   const float probs[] = {0, 0.25f, 0, 0.5f, 0.25f, 0};
   CHECK(draw(probs, 6, 0) == 1 && draw(probs, 6, 0.249f) == 1 && draw(probs, 6, 0.25f) == 3);
   CHECK(draw(probs, 6, 0.749f) == 3 && draw(probs, 6, 0.75f) == 4 && draw(probs, 6, 0x1.fffffep-1f) == 4);
+  // A vocabulary of several blocks, its end impossible: every third token weighs 2^-10.
+  std::vector<float> many(3500);
+  for (size_t i = 0; i < 1024; ++i) many[3 * i + 1] = 0x1p-10f;
+  for (int64_t i = 0; i < 1024; ++i) {
+    const auto u = static_cast<float>(i) * 0x1p-10f;
+    CHECK(draw(many.data(), 3500, u) == 3 * i + 1 && draw(many.data(), 3500, u + 0x1.fp-11f) == 3 * i + 1);
+  }
 }
 
 namespace {
@@ -179,16 +188,18 @@ std::vector<double> plain_distribution(const Sampling& sampling, const std::vect
 
 TEST(distribution_is_that_of_its_definition) {
   test::Random random(2);
-  const char* names[3];
+  const char* names[kMaxIsas];
   const int count = runnable_isas(names);
   for (int isa = 0; isa < count; ++isa) {
     CHECK(force_isa(names[isa]));
-    for (const int64_t n : {1, 5, 53, 300})
+    for (const int64_t n : {1, 5, 53, 300, 1000})
       for (const float temperature : {0x1p-126f, 1e-3f, 0.7f, 2.5f, 0x1p126f})
         for (const int64_t top_k : {int64_t{0}, int64_t{1}, int64_t{7}, int64_t{5000}})
           for (const float top_p : {1.0f, 0.9f, 0.01f}) {
             std::vector<float> logits(n);
             for (float& logit : logits) logit = 3 * test::normal(random);
+            if (n == 1000)  // with many that are equal
+              for (float& logit : logits) logit = std::round(8 * logit) / 8;
             const Sampling sampling{temperature, top_k, top_p, nullptr};
             test::Buffer<float> probs(n);
             test::Buffer<int32_t> order(n);

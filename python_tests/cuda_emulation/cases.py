@@ -10,18 +10,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from formats import columns, in_formats, random_matrix
 from torch import Tensor
 
 from recycle_ext.bench.random_model import SHAPES, random_model
 from recycle_ext.checkpoint.config import ModuleConfig
 from recycle_ext.decoding.decoder import MODES
-from recycle_ext.weights.layout import FORMATS, Matrix, pack_matrix
+from recycle_ext.weights.layout import FORMATS, QUANTIZATIONS
 from recycle_ext.weights.plan import read_plan
 
 CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 CHUNK = 64  # positions, csrc/cuda/attention.cu
 SPLITS = 16
-MIXED = "mixed"  # neighbouring matrices differ in format
+K_QUANTS = [name for name, quantization in QUANTIZATIONS.items() if quantization.block == 256]
+# Neighbouring matrices differ in format. A matrix whose k a format can't have is in another one of the list, or in q8_0.
+MIXED, MIXED_K = "mixed", "mixed k-quants"
+MIXES = {MIXED: [name for name in FORMATS if name not in K_QUANTS], MIXED_K: K_QUANTS}
+# The formats that have kernels of their own, and the mixes, which pass through the kernels for all formats.
+KERNELS = ["bf16", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k", MIXED, MIXED_K]
 VOCAB, DRAFT_VOCAB, HIDDEN, INNER = 101, 37, 64, 96
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 # Around the ends of all chunks of the first round of splits, and of the first chunk of the second round.
@@ -56,29 +62,18 @@ def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @functools.cache
 def model(format: str, with_module: bool = True) -> tuple[Tensor, Tensor]:
     """plan and weights of one layer, with biases and norms everywhere; a draft vocabulary that ascends in jumps."""
+    formats = MIXES.get(format, [format])
     base = dataclasses.replace(
-        SHAPES[1].base, vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INNER, n_layers=1, n_heads=HEADS,
-        n_kv_heads=KV_HEADS, head_dim=HEAD_DIM, tie_word_embeddings=False, qkv_bias=True, qk_norm=True,
+        SHAPES[1].base, vocab_size=VOCAB, hidden_size=columns(formats[0], HIDDEN), intermediate_size=INNER, n_layers=1,
+        n_heads=HEADS, n_kv_heads=KV_HEADS, head_dim=HEAD_DIM, tie_word_embeddings=False, qkv_bias=True, qk_norm=True,
     )  # fmt: skip
     module = dataclasses.replace(ModuleConfig.like(base, 1, DRAFT_VOCAB), input_bias=True) if with_module else None
     packed = random_model(base, module, "f32", torch.device("cpu"))
     view = read_plan(packed.weights, packed.plan)
     if view.module is not None:
         view.module.draft_vocab.copy_(torch.arange(DRAFT_VOCAB) * 2 + 1)
-    stacks = [view.stack] + ([view.module.stack] if view.module else [])
-    found = [value for stack in stacks for layer in stack.layers for value in vars(layer).values()]
-    found += [view.embedding, view.head] + ([view.module.input_proj, view.module.head] if view.module else [])
-    plan, parts = packed.plan.tolist(), [packed.weights]
-    size = len(packed.weights)
-    matrices = [value for value in found if isinstance(value, Matrix)]
-    for matrix, chosen in zip(matrices, itertools.cycle(FORMATS if format == MIXED else [format]), strict=False):
-        entry = [matrix.offset, FORMATS[matrix.format], matrix.n, matrix.k]
-        at = next(i for i in range(len(plan)) if plan[i : i + 4] == entry)
-        repacked = pack_matrix(matrix.unpacked(), chosen)
-        plan[at : at + 2] = [size, FORMATS[chosen]]
-        parts += [repacked, torch.zeros(-len(repacked) % 64, dtype=torch.uint8)]
-        size += len(repacked) + -len(repacked) % 64
-    return torch.tensor(plan), torch.cat(parts)
+    repacked = in_formats(packed, formats, torch.Generator().manual_seed(7))
+    return repacked.plan, repacked.weights
 
 
 def step(
@@ -127,8 +122,10 @@ def attention(rows: int, lengths: list[int], cache: torch.dtype, n_heads: int = 
 
 def head(format: str, rows: int, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Case:
     """recycle_head of `rows` rows."""
-    fields = (rows, HIDDEN, _random(rows, HIDDEN), torch.ones(HIDDEN), FORMATS[format], VOCAB)
-    fields += (pack_matrix(_random(VOCAB, HIDDEN), format), temperature, top_k, top_p)
+    hidden = columns(format, HIDDEN)
+    weights, _ = random_matrix(format, VOCAB, hidden, torch.Generator().manual_seed(rows))
+    fields = (rows, hidden, _random(rows, hidden), torch.ones(hidden), FORMATS[format], VOCAB)
+    fields += (weights, temperature, top_k, top_p)
     fields += (torch.arange(rows), torch.arange(rows))
     return Case(f"recycle_head, {format}, {rows} rows, temperature {temperature}", 2, fields)
 
@@ -146,7 +143,7 @@ SHAPES_OF_STEPS = [("standard", 0, batch) for batch in range(1, 9)] + [
 def all_cases() -> Iterator[Case]:
     """Modes, formats and rows; all lengths around the ends of chunks in each mode and in the op; the head; prefills."""
     lengths = itertools.cycle(LENGTHS)
-    for (mode, drafts, batch), format in itertools.product(SHAPES_OF_STEPS, [*FORMATS, MIXED]):
+    for (mode, drafts, batch), format in itertools.product(SHAPES_OF_STEPS, KERNELS):
         yield step(format, mode, drafts, list(itertools.islice(lengths, batch)))
     for (mode, drafts, batch), format in itertools.product(SHAPES_OF_STEPS, ["bf16", MIXED]):
         yield step(format, mode, drafts, list(itertools.islice(lengths, batch)), **SAMPLED)
@@ -170,7 +167,7 @@ def smoke_cases() -> list[Case]:
     """A few that launch every kernel."""
     return [
         step(MIXED, "verify", 2, [62, 130]),
-        step("q4_0", "standard", 0, [64, -1]),
+        step("q6_k", "standard", 0, [64, -1]),
         attention(3, [127, 64], torch.float32, 14),
         attention(1, [SPLITS * CHUNK - 1], torch.bfloat16),  # every split has a chunk
     ]
@@ -178,4 +175,4 @@ def smoke_cases() -> list[Case]:
 
 def sampled_cases() -> list[Case]:
     """Those with kernels of 1,024 threads, which cost some seconds."""
-    return [step("bf16", "verify", 1, [63], **SAMPLED), head("q8_0", 1, 1.0, 20, 0.75)]
+    return [step("bf16", "verify", 1, [63], **SAMPLED), head("q4_k", 1, 1.0, 20, 0.75)]

@@ -1,5 +1,8 @@
 // The C functions of the emulation library (library.py). All "GPU memory" is the memory of the process.
+#include <vector>
+
 #include "emulator.h"
+#include "gemv.cuh"
 #include "ops.h"
 #include "recycle/decode_step.h"
 #include "recycle/model.h"
@@ -73,6 +76,21 @@ const char* emulated_decode_step(const EmulatedState* given, int64_t prefill_seq
                            : recycle::cuda::finish_prefill(state, prefill_sequence, tokens, counts, kDevice, nullptr);
   recycle::cuda::emulator::synchronize();
   return started ? nullptr : "a kernel was not launched";
+}
+
+// logits [rows, n] = W x, by the kernel of the LM head, without a norm.
+void emulated_lm_head(const std::byte* weights, int64_t format, int64_t n, int64_t k, const float* x, int64_t rows,
+                      float* logits) {
+  const recycle::Matrix head{weights, static_cast<recycle::Format>(format), n, k};
+  recycle::cuda::PartialArgmax partial;
+  recycle::Arena sizes(nullptr);
+  partial.take(sizes, kDevice, rows, head);
+  std::vector<std::byte> scratch(sizes.used());
+  recycle::Arena arena(scratch.data());
+  partial.take(arena, kDevice, rows, head);
+  recycle::cuda::Launcher launcher(kDevice, nullptr);
+  recycle::cuda::lm_head(launcher, head, {x, nullptr, static_cast<int>(rows)}, logits, partial);
+  recycle::cuda::emulator::synchronize();
 }
 
 }  // extern "C"

@@ -10,6 +10,7 @@ from cuda_emulation.builds import VALUES, link, objects
 from cuda_emulation.cases import CACHE_TYPES
 
 from recycle_ext.decoding.decoder import MODES, Decoder
+from recycle_ext.weights.layout import FORMATS
 
 
 def build_library(folder: Path) -> ctypes.CDLL:
@@ -19,6 +20,16 @@ def build_library(folder: Path) -> ctypes.CDLL:
     library.emulated_scratch_bytes.restype = ctypes.c_int64
     library.emulated_decode_step.restype = ctypes.c_char_p
     return library
+
+
+def lm_head(library: ctypes.CDLL, x: torch.Tensor, packed: torch.Tensor, format: str, n: int) -> torch.Tensor:
+    """x [rows, k] float32, a packed matrix [n, k] -> logits [rows, n] float32."""
+    rows, k = x.shape
+    logits = torch.full((rows, n), float("nan"))
+    sizes = (ctypes.c_int64(FORMATS[format]), ctypes.c_int64(n), ctypes.c_int64(k))
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (packed, x.contiguous(), logits)]
+    library.emulated_lm_head(pointers[0], *sizes, pointers[1], ctypes.c_int64(rows), pointers[2])
+    return logits
 
 
 class State(ctypes.Structure):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -14,7 +15,8 @@ from recycle_ext.bench import gpu_report
 from recycle_ext.bench.interleaved_runs import RunnerRecord, run_interleaved
 from recycle_ext.bench.plot import plot
 from recycle_ext.bench.report import heading, phase_tables, report, table
-from recycle_ext.bench.runners import PEERS, Request, check_context, jobs
+from recycle_ext.bench.rows import MAX_ROWS, measure_rows, results, row_table
+from recycle_ext.bench.runners import PEERS, ROW_SYSTEMS, Request, check_context, jobs
 from recycle_ext.checkpoint.base_model import Checkpoint, open_checkpoint
 from recycle_ext.checkpoint.config import DTYPES
 from recycle_ext.checkpoint.module import default_module, open_module
@@ -25,6 +27,7 @@ from recycle_ext.errors import RecycleError
 from recycle_ext.files import write_whole
 from recycle_ext.generate.options import number_of_drafts
 from recycle_ext.measuring.extras import require
+from recycle_ext.measuring.machine import machine, plural
 from recycle_ext.measuring.plots import check_outputs
 
 _DTYPES = ("native", *DTYPES)
@@ -93,6 +96,11 @@ def _add_measurement_options(parser: argparse.ArgumentParser) -> None:
         help="length of the prompt whose prefill is timed (default: 512)",
     )
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="medians are shown (default: 5)")
+    parser.add_argument(
+        "--rows",
+        metavar="LIST",
+        help="measure the price of a row instead: the time of steps of 1, 2, ... rows (such as 1,2,3,4,5,8)",
+    )
     parser.add_argument(
         "--phases", action="store_true", help="also measure where the time of recycle_ext's decode steps goes"
     )
@@ -169,8 +177,10 @@ def run(options: argparse.Namespace) -> int:
             raise RecycleError(f"--modes is {options.modes}, which needs a module; there is none")
         request = request.only_standard()
     check_context(request, checkpoint.config)
-    if module is None and options.modes is None:
+    if module is None and options.modes is None and options.rows is None:
         note("verify and alternate are left out: there is no module for this model")
+    if options.rows is not None:
+        return run_rows(request, checkpoint, options)
     with tempfile.TemporaryDirectory(prefix="recycle_bench_") as scratch:
         found = jobs(request, checkpoint, module, Path(scratch), note)
         records = [RunnerRecord(job) for job in found]
@@ -192,6 +202,31 @@ def run(options: argparse.Namespace) -> int:
     if not finished:
         return INTERRUPTED
     return 0 if results["results"] else 1
+
+
+def run_rows(request: Request, checkpoint: Checkpoint, options: argparse.Namespace) -> int:
+    """Measures what a row costs and prints the table; returns the exit status."""
+    rows = numbers("--rows", options.rows, MAX_ROWS)
+    if 1 not in rows:
+        raise RecycleError(f"--rows is {options.rows}; it must have 1, which the others are compared with")
+    request = dataclasses.replace(request, modes=["standard"], batches=[1], sequences=max(rows))
+    with tempfile.TemporaryDirectory(prefix="recycle_bench_") as scratch:
+        found = [
+            job for job in jobs(request, checkpoint, None, Path(scratch), note) if job.runner.system in ROW_SYSTEMS
+        ]
+        times = measure_rows([RunnerRecord(job) for job in found], rows, options.repeats)
+    measured = results(times)
+    if not measured:
+        return 1
+    here = machine()
+    print(f"{here['cpu']}, {plural(here['cores'], 'core')}, {here['isa']}; {here['date']}")
+    print(f"{checkpoint.config.name}: steps after {request.context} tokens\n\n{row_table(measured)}")
+    if options.json is not None:
+        settings = {"model_name": checkpoint.config.name, "context": request.context, "steps": request.new_tokens}
+        write_whole(
+            options.json, json.dumps({"machine": here, "settings": settings, "rows": measured}, indent=2) + "\n"
+        )
+    return 0
 
 
 def show(results: dict, options: argparse.Namespace) -> None:

@@ -36,32 +36,37 @@ def run_interleaved(records: Sequence[RunnerRecord], repeats: int, phases: bool)
     total = len(records) * (1 + repeats) + len(ours)
     try:
         with tqdm(total=total, unit=" runs", leave=False) as bar:
-            _load(records, bar)
+            load(records, bar)
             for order in rounds(records, repeats):
                 for record in order:
-                    if answer := _ask(record, bar, "measuring", "measure"):
+                    if answer := ask(record, bar, "measuring", "measure"):
                         record.measurements.append(answer)
             for record in ours:
-                if answer := _ask(record, bar, "phases of", "phases"):
+                if answer := ask(record, bar, "phases of", "phases"):
                     record.phases = answer["phases"]
     except KeyboardInterrupt:
         return False
     finally:
-        for record in records:
-            if record.worker is not None:
-                record.worker.close()
+        close(records)
     return True
 
 
-def _load(records: Sequence[RunnerRecord], bar: tqdm) -> None:
+def close(records: Sequence[RunnerRecord]) -> None:
+    """Ends the workers."""
+    for record in records:
+        if record.worker is not None:
+            record.worker.close()
+
+
+def load(records: Sequence[RunnerRecord], bar: tqdm) -> None:
     """Starts the workers, as many at a time as there are cores, and waits until all have loaded their models."""
     for index, record in enumerate(records):
         for next_record in records[index : index + _C.available_cores()]:
             next_record.worker = next_record.worker or Worker(next_record.job, worker.COMMAND)
-        record.facts = _ask(record, bar, "loading", None) or {}
+        record.facts = ask(record, bar, "loading", None) or {}
 
 
-def _ask(record: RunnerRecord, bar: tqdm, action: str, request: str | None) -> dict | None:
+def ask(record: RunnerRecord, bar: tqdm, action: str, request: str | dict | None) -> dict | None:
     """The worker's answer to a request (None: to the job); None, and a message, if the worker died."""
     bar.set_description(f"{action} {record.job.runner}")
     answer = None

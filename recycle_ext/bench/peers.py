@@ -12,8 +12,9 @@ from torch import Tensor
 
 from recycle_ext.bench.requantize import matrix_bytes
 from recycle_ext.bench.runners import OURS, Job
-from recycle_ext.bench.systems import Decoded, Ours, System
+from recycle_ext.bench.systems import Decoded, Ours, System, median_seconds
 from recycle_ext.checkpoint.gguf import GgufHeader
+from recycle_ext.errors import RecycleError
 
 _CACHE_VALUE_BYTES = 2  # of the peers' caches
 
@@ -148,7 +149,7 @@ class LlamaCpp(_Peer):
 
         super().__init__(job, *matrix_bytes(GgufHeader(Path(job.model))))
         self._library = llama_cpp
-        longest = max(len(job.prompt), len(job.sequences[0]) + job.new_tokens)
+        longest = max(len(job.prompt), len(job.sequences[0]) + max(job.new_tokens, len(job.sequences)))
         self._llama = llama_cpp.Llama(
             job.model,
             n_ctx=longest + 1,
@@ -175,6 +176,29 @@ class LlamaCpp(_Peer):
             self._llama.eval([token])
             token = self._argmax_token()
         return self._decoded(time.perf_counter() - start, new_tokens)
+
+    def step_seconds(self, rows: int, steps: int) -> float:
+        """Seconds of a step of ``rows`` tokens of one sequence, each with its logits; the median of ``steps``."""
+        lib, context, ids = self._library, self._llama.ctx, self._job.sequences[0]
+        self._llama.reset()
+        self._llama.eval(ids)
+        batch = lib.llama_batch_init(rows, 0, 1)
+        batch.n_tokens = rows
+        for i in range(rows):
+            batch.token[i], batch.pos[i], batch.logits[i] = ids[i % len(ids)], len(ids) + i, 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+
+        def step() -> None:
+            if lib.llama_decode(context, batch):
+                raise RecycleError(f"llama.cpp does not decode {rows} rows")
+            logits = lib.llama_get_logits(context)
+            np.ctypeslib.as_array(logits, shape=(rows, self._llama.n_vocab())).argmax(-1)
+            lib.llama_memory_seq_rm(lib.llama_get_memory(context), 0, len(ids), -1)
+
+        try:
+            return median_seconds(step, steps)
+        finally:
+            lib.llama_batch_free(batch)
 
     def _argmax_token(self) -> int:
         """The greedy next token. Not ``Llama.sample``: that builds a chain of samplers per call (0.5 ms)."""

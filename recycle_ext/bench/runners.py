@@ -26,6 +26,7 @@ PEERS = {
 }
 # Engines that run one sequence here: llama.cpp's Python package has no batches.
 ONE_SEQUENCE = ("torch.compile", "llama.cpp")
+ROW_SYSTEMS = (OURS, "llama.cpp")  # those with steps of several rows
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Request:
     peers: list[str]
     cache_dtype: str | None = None
     module_dtype: str | None = None
+    sequences: int = 1  # at least as many in a job, whatever its batch
 
     def only_standard(self) -> Request:
         """The same without a module."""
@@ -150,7 +152,7 @@ def jobs(
             module=None if module is None else str(module),
             prompt=part(ids, 0, request.prompt_tokens),
             # Other starts and lengths per sequence: a batch of equal sequences would hide mistakes of indexing.
-            sequences=[part(ids, 29 * i, request.context + i) for i in range(runner.batch)],
+            sequences=[part(ids, 29 * i, request.context + i) for i in range(max(runner.batch, request.sequences))],
             new_tokens=request.new_tokens,
             cache_values=cache_values(checkpoint.config),
             cache_dtype=request.cache_dtype,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Protocol
 
 from recycle_ext import _C
@@ -133,6 +134,14 @@ class Ours:
             acceptance_rate=accepted / drafted if drafted else None,
         )
 
+    def step_seconds(self, rows: int, steps: int) -> float:
+        """Seconds of a step of ``rows`` sequences in standard mode, the median of ``steps``."""
+        sequences = self._job.sequences[:rows]
+        decoder = self._decoder(rows, max(map(len, sequences)) + steps + 1)
+        for index, ids in enumerate(sequences):
+            decoder.prefill(ids, index)
+        return median_seconds(decoder.step, steps)
+
     def phases(self) -> list[dict]:
         """Where the time of a decode step goes: microseconds per step of each phase, averaged over the threads.
 
@@ -159,6 +168,17 @@ class Ours:
             }
             for part, phase, count, work, wait in rows
         ]
+
+
+def median_seconds(step: Callable[[], object], count: int) -> float:
+    """The median time of ``count`` calls, after one that is not timed."""
+    step()
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)
 
 
 def count_draft_tokens(steps: Sequence[Step], max_tokens: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """One runner in its own process: memory, thread pools and crashes of one runner do not touch another.
 
-Both ends exchange lines of JSON. The parent sends the job, then any number of "measure" and "phases" requests. The worker
-answers each of them; it answers the job, once the model is loaded, with facts of the model.
+Both ends exchange lines of JSON. The parent sends the job, then any number of "measure", "phases" and {"rows": n} requests.
+The worker answers each of them; it answers the job, once the model is loaded, with facts of the model.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Worker:
         )
         self._send(job.as_dict())
 
-    def ask(self, request: str) -> dict:
-        """Sends "measure" or "phases" and waits. Raises WorkerDied."""
+    def ask(self, request: str | dict) -> dict:
+        """Sends "measure", "phases" or {"rows": n} and waits. Raises WorkerDied."""
         self._send(request)
         return self.answer()
 
@@ -107,8 +107,12 @@ def _serve(requests: TextIO, answers: TextIO) -> None:
 
     peak = 0
     for line in requests:
-        if json.loads(line) == "phases":
+        request = json.loads(line)
+        if request == "phases":
             answer({"phases": system.phases()})
+            continue
+        if request != "measure":
+            answer({"seconds": system.step_seconds(request["rows"], job.new_tokens)})
             continue
         first_token_seconds = system.prefill(job.prompt)
         if not peak:  # the first probe allocates a buffer as large as the model

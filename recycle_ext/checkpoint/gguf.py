@@ -9,12 +9,12 @@ from pathlib import Path
 from recycle_ext.checkpoint.architectures import BY_GGUF_NAME, BY_NAME
 from recycle_ext.checkpoint.config import ModelConfig
 from recycle_ext.checkpoint.gguf_header import GgufHeader, StoredTensor
-from recycle_ext.checkpoint.tensor_source import BLOCKS, FLOAT_DTYPES, TensorSource
+from recycle_ext.checkpoint.tensor_source import BLOCKS, FLOAT_DTYPES, TensorSource, ggml_type_name
 from recycle_ext.errors import RecycleError
 from recycle_ext.text.end_tokens import end_tokens
 
 # Types that keep their format; all others are dequantized on reading.
-_KEPT_TYPES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 8: "q8_0", 30: "bf16"}
+_KEPT_TYPES = {0: "f32", 1: "f16", 30: "bf16"} | {number: name for name, (number, *_) in BLOCKS.items()}
 
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -182,12 +182,16 @@ def _tensor(
     if format in FLOAT_DTYPES:
         block, block_bytes = 1, FLOAT_DTYPES[format].itemsize
     elif format in BLOCKS:
-        block, block_bytes = BLOCKS[format]
+        _, block, block_bytes = BLOCKS[format]
     else:
         block, block_bytes = _block(file, stored_name, stored.ggml_type)
     row = stored.shape[1] if len(stored.shape) == 2 else 1
-    if len(stored.shape) not in (1, 2) or row % block or 0 in stored.shape:
+    if len(stored.shape) not in (1, 2) or 0 in stored.shape:
         raise RecycleError(f"{file}: tensor {stored_name} has shape {list(stored.shape)}")
+    if row % block:
+        raise RecycleError(
+            f"{file}: tensor {stored_name} has rows of {row}; {ggml_type_name(stored.ggml_type)} has blocks of {block}"
+        )
     row_bytes = row // block * block_bytes
     missing = stored.offset + stored.shape[0] * row_bytes - file.stat().st_size
     if missing > 0:
@@ -210,12 +214,13 @@ def _tensor(
 def _block(file: Path, stored_name: str, ggml_type: int) -> tuple[int, int]:
     """Values and bytes of a block of a GGUF type that is dequantized on reading."""
     # Imported here: the import takes 0.2 s, and most models never need it.
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf import GGML_QUANT_SIZES
     from gguf.quants import _type_traits
 
     known = {int(kind): GGML_QUANT_SIZES[kind] for kind in _type_traits}
     if ggml_type not in known:
-        types = {int(kind): kind.name for kind in GGMLQuantizationType}
-        type_name = types.get(ggml_type, f"number {ggml_type}")
-        raise RecycleError(f"{file}: tensor {stored_name} has type {type_name}, which is not supported")
+        raise RecycleError(
+            f"{file}: tensor {stored_name} has type {ggml_type_name(ggml_type)}, which is not supported; convert the file "
+            "to another type (llama-quantize --allow-requantize FILE NEW Q4_K_M, which llama.cpp brings)"
+        )
     return known[ggml_type]

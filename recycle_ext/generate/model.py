@@ -38,6 +38,7 @@ def load(
     threads: int | None = None,
     device: str | torch.device = "cpu",
     module_dtype: str | None = None,
+    progress: bool = False,
 ) -> Model:
     """Loads a model into memory.
 
@@ -47,7 +48,8 @@ def load(
     formats, bf16 for a Hugging Face directory. threads: of this model's steps on the CPU, at most the CPUs of this
     process; None: one for each physical core, within a container's CPU quota and torch's number of threads. device: "cpu", or an NVIDIA GPU ("cuda" or "cuda:1"), to which the packed weights
     are copied. module_dtype: of the module's weights; None: f32 for a float32 model, else the dtype in the module's
-    config, else q8.
+    config, else q8. progress: whether a load of more than two seconds shows a bar on standard error, where that is a
+    terminal.
 
     Raises RecycleError for files that are missing, damaged, foreign or do not fit together, and where memory is short.
     """
@@ -60,7 +62,7 @@ def load(
         opened = None if module is None or module == "none" else open_module(module, base)
         # Before the weights: building the tokenizer takes memory for a moment.
         tokenizer = base.tokenizer
-        packed = pack_model(base, opened, dtype, module_dtype).to(device)
+        packed = pack_model(base, opened, dtype, module_dtype, threads, progress).to(device)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

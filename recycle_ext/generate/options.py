@@ -30,7 +30,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def model_of(options: argparse.Namespace) -> Model:
     """The model that the options of ``add_model_options`` name."""
-    return load(options.model, options.module, options.dtype, options.threads, options.device, options.module_dtype)
+    given = (options.model, options.module, options.dtype, options.threads, options.device, options.module_dtype)
+    return load(*given, progress=True)
 
 
 def number_of_drafts(text: str) -> int | str:

@@ -14,14 +14,19 @@ from torch import Tensor
 
 from recycle_ext import _C
 from recycle_ext.errors import RecycleError
-from recycle_ext.ops.cuda_prefill import prefill as cuda_prefill
 
 _CUDA_LIBRARY = Path(_C.__file__).with_name("librecycle_cuda.so")
 HAS_CUDA_OPS = torch.version.cuda is not None and _CUDA_LIBRARY.exists()
 
 if HAS_CUDA_OPS:
     torch.ops.load_library(_CUDA_LIBRARY)
-    torch.library.impl("recycle::prefill", "cuda", cuda_prefill)
+
+    @torch.library.impl("recycle::prefill", "cuda")
+    def _(*arguments) -> tuple:
+        # Imported here: torch's attention brings its compiler, seconds of import that no CPU user needs.
+        from recycle_ext.ops.cuda_prefill import prefill
+
+        return prefill(*arguments)
 
     @torch.library.register_fake("recycle::finish_prefill")
     def _(weights, plan, base_cache, module_cache, pending, lengths, *rest) -> tuple:

@@ -1,31 +1,46 @@
 """How a packed weight matrix lies in memory: the formats, their sizes, packing and unpacking.
 
 csrc/include/recycle/format.h has the same layout in C++, with a picture of each format. Rows are packed in panels
-of 16, and the quantized formats share a scale among 32 consecutive weights of a row (a block).
+of 16; in the quantized formats consecutive weights of a row share a scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from recycle_ext import _C
-from recycle_ext.checkpoint.tensor_source import FLOAT_DTYPES
+from recycle_ext.checkpoint.tensor_source import FLOAT_DTYPES, FORMATS
 from recycle_ext.errors import RecycleError
 
-# Weight formats by their number in csrc/include/recycle/format.h.
-FORMATS = {"f32": 0, "f16": 1, "bf16": 2, "q8_0": 3, "q4_0": 4, "q4_1": 5}
+# Formats that float weights are converted to. For the others there is no quantizer here: their weights come from files.
+CONVERTED_TO = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 
 PANEL_ROWS = 16
-BLOCK = 32
 _CACHE_LINE = 64  # bytes
-# Quantized formats: bytes of a panel's quants in one block, and the blocks that share a cache line of scales.
-_QUANT_BYTES = {"q8_0": 512, "q4_0": 256, "q4_1": 256}
-_BLOCKS_PER_LINE = {"q8_0": 2, "q4_0": 2, "q4_1": 1}
+
+
+class Quantization(NamedTuple):
+    """What a quantized format is made of; csrc/include/recycle/format.h says what each number means."""
+
+    block: int
+    group: int
+    low_bits: int
+    high_bits: int
+    zero_point_bits: int
+    header_bytes: int
+    file_bytes: int
+
+
+# Of the formats that are no floats.
+QUANTIZATIONS = {
+    name: Quantization(*_C.quantization(number)) for name, number in FORMATS.items() if name not in FLOAT_DTYPES
+}
 
 
 def matrix_bytes(format: str, n: int, k: int) -> int:
@@ -33,32 +48,35 @@ def matrix_bytes(format: str, n: int, k: int) -> int:
     return _C.matrix_bytes(FORMATS[format], n, k)
 
 
-def convert_rows(rows: Tensor, format: str) -> Tensor:
-    """float32 [n, k] -> the rows of a format: a float tensor [n, k], or GGUF blocks, uint8."""
-    if format in FLOAT_DTYPES:
-        return rows.to(FLOAT_DTYPES[format])
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
+def pack_rows(
+    rows: Tensor,
+    format: str,
+    n: int,
+    k: int,
+    first: int,
+    packed: Tensor,
+    source_format: str | None = None,
+    threads: int | None = None,
+) -> None:
+    """Packs rows ``first``.. (a multiple of 16) of a matrix [n, k] into ``packed`` uint8, the whole matrix.
 
-    kind = GGMLQuantizationType[format.upper()]
-    return torch.from_numpy(np.ascontiguousarray(quantize(rows.numpy(), kind)))
-
-
-def pack_rows(rows: Tensor, format: str, n: int, k: int, first: int, packed: Tensor) -> None:
-    """Packs rows ``first``.. (a multiple of 16), as ``convert_rows`` returns them, into ``packed`` uint8."""
-    _C.pack_rows(FORMATS[format], n, k, first, bytes_of(rows), packed.numpy())
+    rows: a float tensor [rows, k], or the blocks of GGUF, uint8. source_format: their format, from which they are
+    converted; None: ``format``. threads: None: _C.n_threads().
+    """
+    source = FORMATS[format if source_format is None else source_format]
+    _C.pack_rows(source, bytes_of(rows), FORMATS[format], n, k, first, packed.numpy(), threads)
 
 
 def pack_matrix(matrix: Tensor, format: str) -> Tensor:
     """Packs one float matrix [n, k] in a format of FORMATS; uint8 [bytes], for ``recycle_head``.
 
-    Raises RecycleError for an unknown format.
+    Raises RecycleError for a format that floats are not converted to.
     """
-    if format not in FORMATS:
-        raise RecycleError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
+    if format not in CONVERTED_TO:
+        raise RecycleError(f"format is {format!r}; it must be one of {', '.join(CONVERTED_TO)}")
     n, k = matrix.shape
     packed = torch.empty(matrix_bytes(format, n, k), dtype=torch.uint8, device="cpu")
-    pack_rows(convert_rows(matrix.float(), format), format, n, k, 0, packed)
+    pack_rows(matrix.float(), format, n, k, 0, packed, "f32")
     return packed
 
 
@@ -113,28 +131,67 @@ class Matrix:
             neighbours = 2 if self.format == "bf16" else 1
             values = panels.view(FLOAT_DTYPES[self.format]).view(-1, k // neighbours, PANEL_ROWS, neighbours)
             return select(values, 2).transpose(1, 2).flatten(2)
-        # Blocks share a cache line of scales. Where k / 32 is odd, the last line is half empty.
-        shared, quants = _BLOCKS_PER_LINE[self.format], _QUANT_BYTES[self.format]
-        blocks = k // BLOCK
-        full = blocks // shared
-        group = _CACHE_LINE + shared * quants
-        parts = [self._unpack_blocks(panels[:, : full * group].unflatten(1, (full, group)), shared, select)]
-        if blocks % shared:
-            parts.append(self._unpack_blocks(panels[:, None, full * group :], 1, select))
-        return torch.cat(parts, 2)
+        q = QUANTIZATIONS[self.format]
+        quant_bytes = (q.low_bits + q.high_bits) * _CACHE_LINE  # of 32 columns
+        if q.block == 256:
+            blocks = panels.unflatten(1, (k // 256, -1))
+            return self._unpack_blocks(blocks[:, :, : q.header_bytes], blocks[:, :, q.header_bytes :], 8, select)
+        # Blocks of 32 share a cache line of scales. Where k / 32 is odd, the last line is half empty.
+        shared = 1 if q.zero_point_bits < 0 else 2
+        full = k // 32 // shared
+        size = _CACHE_LINE + shared * quant_bytes
+        parts = [panels[:, : full * size].unflatten(1, (full, size)), panels[:, None, full * size :]]
+        return torch.cat(
+            [
+                self._unpack_blocks(part[:, :, :_CACHE_LINE], part[:, :, _CACHE_LINE:], count, select)
+                for part, count in zip(parts, (shared, 1), strict=True)
+                if part.numel()
+            ],
+            2,
+        )
 
-    def _unpack_blocks(self, groups: Tensor, blocks: int, select: _Select) -> Tensor:
-        """uint8 [panels, groups, a line of scales and the quants of ``blocks`` blocks] -> [selected, 16 or 1, k]"""
-        halves = groups[:, :, :_CACHE_LINE].view(torch.float16).unflatten(2, (2, PANEL_ROWS))
-        halves = select(halves, 3).float()[:, :, :, None, :, None]
-        quants = select(groups[:, :, _CACHE_LINE:].unflatten(2, (blocks, -1, PANEL_ROWS, 4)), 4)
-        if self.format == "q8_0":
-            values = quants.float() - 128
+    def _unpack_blocks(self, header: Tensor, quants: Tensor, blocks: int, select: _Select) -> Tensor:
+        """Scales uint8 [panels, groups, bytes], then quants of 32 ``blocks`` columns -> [selected, 16 or 1, k]"""
+        q = QUANTIZATIONS[self.format]
+        values = _fields(quants, blocks, 0, q.low_bits, select)
+        if q.high_bits:
+            values |= _fields(quants, blocks, q.low_bits, q.high_bits, select) << q.low_bits
+        halves = select(header[:, :, :_CACHE_LINE].view(torch.float16).unflatten(2, (2, PANEL_ROWS)), 3).float()
+        scale, minimum = halves[:, :, :blocks], halves[:, :, 1:]
+        if q.block == 256:
+            integers = select(header[:, :, _CACHE_LINE:].unflatten(2, (-1, PANEL_ROWS)), 3)
+            group_scale, group_minimum = _group_scales(self.format, integers)
+            scale, minimum = halves[:, :, :1] * group_scale, -minimum * group_minimum
+        if self.format in ("iq4_nl", "iq4_xs"):
+            values = torch.tensor(_IQ4_VALUES, dtype=torch.float32, device=values.device).take(values.long())
         else:
-            values = torch.stack((quants & 15, quants >> 4), 4).flatten(3, 4).float()  # weights k and k + 4
-            if self.format == "q4_0":
-                values -= 8
-        values *= halves[:, :, :blocks]
-        if self.format == "q4_1":
-            values += halves[:, :, 1:]
+            values = values.float() - (0 if q.zero_point_bits < 0 else 1 << q.zero_point_bits)
+        # Four columns in a row are a quad: [selected, groups, scales, quads, 16 or 1, 4].
+        values = values.flatten(2, 3).unflatten(2, (-1, q.group // 4)) * scale[:, :, :, None, :, None]
+        if q.zero_point_bits < 0:
+            values += minimum[:, :, :, None, :, None]
         return values.permute(0, 4, 1, 2, 3, 5).flatten(2)
+
+
+# iq4_value() of csrc/include/recycle/format.h
+_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def _fields(quants: Tensor, blocks: int, first_line: int, bits: int, select: _Select) -> Tensor:
+    """The ``bits`` bits of quants from a cache line on, uint8 [selected, groups, blocks, 8 quads, 16 or 1, 4]."""
+    lines = quants.unflatten(2, (blocks, -1, PANEL_ROWS, 4))[:, :, :, first_line : first_line + bits]
+    lines = select(lines, 4)
+    return torch.stack([lines >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], 4).flatten(3, 4)
+
+
+def _group_scales(format: str, integers: Tensor) -> tuple[Tensor, Tensor | int]:
+    """group_scale() of csrc/include/recycle/format.h: uint8 [selected, blocks, rows, 16 or 1] -> scales and minima."""
+    if format in ("q4_k", "q5_k"):
+        return integers[:, :, ::2], integers[:, :, 1::2]
+    if format == "q2_k":
+        return integers & 15, integers >> 4
+    if format == "q3_k":
+        low = torch.cat((integers[:, :, :8] & 15, integers[:, :, :8] >> 4), 2)
+        high = torch.cat([integers[:, :, 8:] >> shift & 3 for shift in (0, 2, 4, 6)], 2)
+        return (low | high << 4).float() - 32, 0
+    return integers.view(torch.int8), 0

@@ -1,26 +1,31 @@
 """From checkpoints to what the kernels read: one byte tensor of weights, and the plan of what lies where.
 
-Matrices are read, converted and packed a thousand rows at a time, so that loading needs little more memory than the
-result.
+Matrices are read, converted and packed in pieces, so that loading needs little more memory than the result.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import warnings
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from recycle_ext import _C
 from recycle_ext.arguments import one_of, shown
 from recycle_ext.checkpoint.base_model import Checkpoint
 from recycle_ext.checkpoint.config import DTYPES, MODULE_DTYPES, ModelConfig, ModuleConfig
 from recycle_ext.checkpoint.module import ModuleCheckpoint
-from recycle_ext.checkpoint.tensor_source import TensorSource
-from recycle_ext.errors import RecycleError
+from recycle_ext.checkpoint.tensor_source import TensorSource, ggml_type_name
+from recycle_ext.errors import RecycleError, RecycleWarning
 from recycle_ext.weights.layout import PANEL_ROWS
+from recycle_ext.weights.load import Loader
 from recycle_ext.weights.plan import PlanWriter
+
+_FOUR_BITS = ("q4_0", "q4_1", "iq4_nl", "q4_k", "iq4_xs")
 
 
 @dataclass(frozen=True)
@@ -62,16 +67,23 @@ class PackedModel:
 
 
 def pack_model(
-    base: Checkpoint, module: ModuleCheckpoint | None = None, dtype: str | None = None, module_dtype: str | None = None
+    base: Checkpoint,
+    module: ModuleCheckpoint | None = None,
+    dtype: str | None = None,
+    module_dtype: str | None = None,
+    threads: int | None = None,
+    progress: bool = False,
 ) -> PackedModel:
     """Reads a checkpoint, and a module's, into packed weights.
 
     dtype: "f32", "bf16", "q8" or "q4" (the layers in 4 bits, embedding and head in 8); None keeps the
     formats of a GGUF file (its other types become f16) and takes bf16 for a Hugging Face directory.
     module_dtype: the same for the module and its part of the head; None: f32 for a base in f32, else the dtype in
-    the module's config, else q8.
+    the module's config, else q8. threads: that load; None: the process's number (_C.n_threads()). progress: whether a
+    load of more than two seconds shows a bar on standard error, where that is a terminal.
 
-    Raises RecycleError for an unknown dtype and for sizes that the kernels do not support.
+    Raises RecycleError for an unknown dtype, for sizes that the kernels do not support, and where the packed weights
+    are larger than the available memory.
     """
     if not isinstance(base, Checkpoint):
         raise RecycleError(f"base is {shown(base)}; pack_model needs what open_checkpoint returns")
@@ -79,10 +91,56 @@ def pack_model(
         raise RecycleError(f"module is {shown(module)}; pack_model needs what open_module returns, or None")
     check_dtypes(dtype, module_dtype)
     check_sizes(base.config, base.path)
-    size = describe(base, module, dtype, module_dtype).weights_bytes
+    size = _size_within_memory(base, module, dtype, module_dtype)
+    if dtype is None:
+        _warn_of_other_types(base)
     weights = torch.empty(size, dtype=torch.uint8, device="cpu")
     _C.use_huge_pages(weights.numpy())
-    return describe(base, module, dtype, module_dtype, weights).packed_model(weights)
+    with _progress_bar(base.config.name, size, progress) as bar:
+        loader = Loader(threads, bar.update)
+        return describe(base, module, dtype, module_dtype, weights, loader).packed_model(weights)
+
+
+def _size_within_memory(
+    base: Checkpoint, module: ModuleCheckpoint | None, dtype: str | None, module_dtype: str | None
+) -> int:
+    """Bytes of the packed weights. Raises RecycleError where they are more than the available memory."""
+    size = describe(base, module, dtype, module_dtype).weights_bytes
+    available = _C.available_memory()
+    if available is None or size <= available:
+        return size
+    smaller = {name: describe(base, module, name, module_dtype).weights_bytes for name in ("q8", "q4")}
+    fitting = [f"{name} ({bytes / 1e9:.2f} GB)" for name, bytes in smaller.items() if bytes <= available]
+    remedy = f"; dtype {' or '.join(fitting)} fits" if fitting else ""
+    raise RecycleError(
+        f"{base.path}: the weights take {size / 1e9:.2f} GB in memory, and {available / 1e9:.2f} GB are available{remedy}"
+    )
+
+
+def _warn_of_other_types(base: Checkpoint) -> None:
+    """Warns of the types of a GGUF file that have no format here."""
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for source in base.tensors.values():
+        if source.ggml_type is not None:
+            shapes.setdefault(ggml_type_name(source.ggml_type), []).append(source.shape)
+    for name, of_type in shapes.items():
+        size = sum(2 * math.prod(shape) for shape in of_type)
+        message = f"{base.path}: {len(of_type)} tensors of type {name} become f16, {size / 1e9:.3g} GB"
+        warnings.warn(message, RecycleWarning, stacklevel=3)
+
+
+def _progress_bar(name: str, size: int, progress: bool) -> tqdm:
+    """A bar of ``size`` bytes, which appears after two seconds."""
+    # None: no bar where standard error is no terminal.
+    return tqdm(
+        total=size,
+        desc=f"loading {name}",
+        unit="B",
+        unit_scale=True,
+        delay=2,
+        leave=False,
+        disable=None if progress else True,
+    )
 
 
 def check_dtypes(dtype: str | None, module_dtype: str | None) -> None:
@@ -132,12 +190,13 @@ def describe(
     dtype: str | None,
     module_dtype: str | None = None,
     weights: Tensor | None = None,
+    loader: Loader | None = None,
 ) -> Description:
     """The plan of a model in these dtypes, in the order of csrc/include/recycle/model.h.
 
-    weights: uint8 of ``weights_bytes``, to be filled; None: the tensors are not read.
+    weights: uint8 of ``weights_bytes``, to be filled; None: the tensors are not read. loader: how they are read.
     """
-    writer = PlanWriter(weights)
+    writer = PlanWriter(weights, loader)
     config, tensors = base.config, base.tensors
     embedding = tensors["model.embed_tokens.weight"]
     head = tensors.get("lm_head.weight", embedding)
@@ -180,8 +239,8 @@ def _format(source: TensorSource, base: Checkpoint, dtype: str | None, is_head: 
     if dtype is not None and is_head:
         return DTYPES[dtype][1]
     if dtype is not None:
-        # A 4-bit matrix is not quantized again to the other 4-bit format.
-        return source.format if dtype == "q4" and source.format in ("q4_0", "q4_1") else DTYPES[dtype][0]
+        # A 4-bit matrix is not quantized again to another 4-bit format.
+        return source.format if dtype == "q4" and source.format in _FOUR_BITS else DTYPES[dtype][0]
     if not base.is_gguf:
         return "bf16"
     return "f16" if source.ggml_type is not None else source.format

@@ -18,19 +18,10 @@ from recycle_ext import _C
 from recycle_ext.checkpoint.config import ModelConfig, ModuleConfig
 from recycle_ext.checkpoint.tensor_source import BLOCKS, TensorSource
 from recycle_ext.errors import RecycleError
-from recycle_ext.weights.layout import (
-    BLOCK,
-    FORMATS,
-    PANEL_ROWS,
-    Matrix,
-    bytes_of,
-    convert_rows,
-    matrix_bytes,
-    pack_rows,
-)
+from recycle_ext.weights.layout import FORMATS, PANEL_ROWS, Matrix, bytes_of, matrix_bytes
+from recycle_ext.weights.load import Loader
 
 _ALIGNMENT = 64  # bytes
-_ROWS_AT_ONCE = 1024  # that are read, converted and packed together; a multiple of 16
 _ABSENT = -1
 _FORMAT_NAMES = {code: name for name, code in FORMATS.items()}
 
@@ -71,14 +62,16 @@ def _vector_size(stack: ModelConfig | ModuleConfig | Stack, field: str) -> int:
 class PlanWriter:
     """Writes the table, and the weights that it describes.
 
-    weights: uint8 [bytes] to fill; None: only the table and ``bytes``, the size of the weights, are made.
+    weights: uint8 [bytes] to fill; None: only the table and ``bytes``, the size of the weights, are made. loader: how
+    matrices are loaded into the weights.
     """
 
-    def __init__(self, weights: Tensor | None) -> None:
+    def __init__(self, weights: Tensor | None, loader: Loader | None = None) -> None:
         self.entries: list[int] = []
         self.bytes = 0
         self.format_bytes: dict[str, int] = {}  # bytes of matrices by format
         self._weights = weights
+        self._loader = loader or Loader()
 
     def header(self, has_module: bool) -> None:
         """Magic, version, length and whether there is a module."""
@@ -117,11 +110,11 @@ class PlanWriter:
     def matrix(self, source: TensorSource, format: str, ids: Tensor | None = None) -> tuple[int, int, int, int]:
         """A matrix, or its rows ``ids`` (ascending); returns its entries (offset, format, n, k).
 
-        A quantized format becomes bf16 where the rows are no multiple of 32. Raises RecycleError where they are
-        no multiple of 16.
+        A quantized format becomes bf16 where the rows are no multiple of its block. Raises RecycleError where they
+        are no multiple of 16.
         """
         n, k = source.shape if ids is None else (len(ids), source.shape[1])
-        if format in BLOCKS and k % BLOCK:
+        if format in BLOCKS and k % BLOCKS[format][1]:
             format = "bf16"
         if k % PANEL_ROWS:
             raise RecycleError(
@@ -133,14 +126,7 @@ class PlanWriter:
         self.format_bytes[format] = self.format_bytes.get(format, 0) + size
         if self._weights is None:
             return entries
-        packed = self._weights[entries[0] : entries[0] + size]
-        for start in range(0, n, _ROWS_AT_ONCE):
-            stop = min(n, start + _ROWS_AT_ONCE)
-            if ids is None:
-                rows = _rows(source, format, start, stop)
-            else:
-                rows = _selected_rows(source, format, ids[start:stop])
-            pack_rows(rows, format, n, k, start, packed)
+        self._loader.load(source, format, self._weights[entries[0] : entries[0] + size], ids)
         return entries
 
     def stack(self, config: ModelConfig | ModuleConfig) -> None:
@@ -174,25 +160,6 @@ class PlanWriter:
         offset = self.bytes
         self.bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
         return offset
-
-
-def _selected_rows(source: TensorSource, format: str, ids: Tensor) -> Tensor:
-    """Rows ``ids`` (ascending) of a matrix; at most _ROWS_AT_ONCE rows of the file are in memory at a time."""
-    parts = []
-    end = int(ids[-1]) + 1
-    for first in range(int(ids[0]), end, _ROWS_AT_ONCE):
-        last = min(first + _ROWS_AT_ONCE, end)
-        wanted = ids[(ids >= first) & (ids < last)] - first
-        if len(wanted):
-            parts.append(_rows(source, format, first, last)[wanted])
-    return torch.cat(parts)
-
-
-def _rows(source: TensorSource, format: str, start: int, stop: int) -> Tensor:
-    """Rows of a source in a format; untouched where the source is stored in that format."""
-    if source.format == format:
-        return source.raw_rows(start, stop)
-    return convert_rows(source.float_rows(start, stop), format)
 
 
 # One transformer layer: each field of _LAYER is a Matrix, a float32 Tensor, or None where the vector is absent.

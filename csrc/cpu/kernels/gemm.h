@@ -70,28 +70,61 @@ inline void accumulate_floats(const std::byte* panel, int64_t k, const float* x,
   for (int r = 0; r < R; ++r) out[r] = add(even[r], odd[r]);
 }
 
-// For each row the sums over one block of one panel of (quant - zero point) * activation, exact in 32 bits.
+// What a dot product takes of iq4_nl and iq4_xs in place of a quant.
+struct UnsignedIq4Values {
+  uint8_t at[16];
+  constexpr UnsignedIq4Values() : at() {
+    for (int i = 0; i < 16; ++i) at[i] = static_cast<uint8_t>(iq4_value(i) + 128);
+  }
+};
+constexpr UnsignedIq4Values kUnsignedIq4Values;
+
+// For each row the sums over one group of columns of one panel of (quant - zero point) * activation, exact in 32 bits.
+// quants: of the 32 columns that the group is a part of; ahead: what to prefetch meanwhile. x and minus_sums: of the
+// first row, from these 32 columns and from the group on.
 template <Format format, int R>
-struct BlockSums {
+struct GroupSums {
+  static constexpr Quantization kQ = quantization(format);
+  static constexpr int64_t kLines = kQ.low_bits * kQ.group / kBlock;  // of the quants' lower bits
+  static constexpr int kQuads = 8 / kQ.low_bits;                      // fields of a line: each four columns
+
   Ints sum[R][sum_parts(R)];
 
-  BlockSums(const std::byte* quants, const std::byte* ahead, const int32_t* x, const int32_t* minus_sums, int64_t k) {
+  GroupSums(const std::byte* quants, const std::byte* ahead, int64_t part, const int32_t* x, const int32_t* minus_sums,
+            int64_t k) {
     for (int r = 0; r < R; ++r) {
-      for (Ints& part : sum[r]) part = zero();
-      if constexpr (format != Format::q4_1)
-        sum[r][0] = shifted_left<zero_point_bits(format)>(minus_sums[r * (k / kBlock)]);
+      for (Ints& part_sum : sum[r]) part_sum = zero();
+      if constexpr (!kQ.has_minimum()) sum[r][0] = shifted_left<kQ.zero_point_bits>(minus_sums[r * (k / kQ.group)]);
     }
     // Not unrolled: with 4 rows the sums of several lines do not fit the registers (1.4 times the time with AVX2).
-    for (int64_t line = 0; line < block_quant_bytes(format) / 64; ++line) {
-      const Raw raw = load_raw(quants + line * 64);
-      prefetch(ahead + line * 64, quants + line * 64);
-      if constexpr (format == Format::q8_0) {
-        add_columns(bytes(raw), x + line * 2, k / 2);
-      } else {
-        add_columns(low_nibbles(raw), x + line * 4, k / 2);
-        add_columns(high_nibbles(raw), x + line * 4 + 2, k / 2);
+    for (int64_t i = 0; i < kLines; ++i) {
+      const int64_t line = part * kLines + i;
+      const Raw low = load_raw(quants + line * kAlign);
+      prefetch(ahead + line * kAlign, quants + line * kAlign);
+      Raw high;
+      if constexpr (kQ.high_bits > 0) {
+        const int64_t bit = line * kQuads * kQ.high_bits;
+        const int64_t at = (kQ.low_bits + bit / 8) * kAlign;
+        if (bit % 8 == 0) prefetch(ahead + at, quants + at);
+        high = shifted_right(load_raw(quants + at), bit % 8);
       }
+      add_fields(low, high, x + line * kQuads * 2, k / 2, std::make_integer_sequence<int, kQuads>());
     }
+  }
+
+ private:
+  template <int... i>
+  void add_fields(Raw low, Raw high, const int32_t* x, int64_t ld, std::integer_sequence<int, i...>) {
+    (add_columns(quads<i>(low, high), x + i * 2, ld), ...);
+  }
+  template <int i>
+  static Quads quads(Raw low, [[maybe_unused]] Raw high) {
+    if constexpr (has_table(format))
+      return look_up<i * 4>(kUnsignedIq4Values.at, low);
+    else if constexpr (kQ.high_bits > 0)
+      return joined<kQ.low_bits, kQ.high_bits, i>(low, high);
+    else
+      return field<i * kQ.low_bits, kQ.low_bits>(low);
   }
   // Adds the products of four columns; a row of x has `ld` words.
   void add_columns(Quads weights, const int32_t* x, int64_t ld) {
@@ -100,35 +133,81 @@ struct BlockSums {
   }
 };
 
-// The same for quantized weights. With the scale d and the minimum m of a q4_1 block
+// A block of 256's scale of a group, an integer; and its minimum, negative.
+template <Format format>
+inline Lanes group_scale(const std::byte* header, int64_t group) {
+  const std::byte* first = header + kAlign;
+  if constexpr (format == Format::q4_k || format == Format::q5_k) return load_int8(first + group * 2 * kPanelRows);
+  if constexpr (format == Format::q2_k) return load_bits(first + group * kPanelRows, 0, 4);
+  if constexpr (format == Format::q3_k) {
+    const Lanes low = load_bits(first + group % 8 * kPanelRows, static_cast<int>(group / 8 * 4), 4);
+    const Lanes high = load_bits(first + (8 + group % 4) * kPanelRows, static_cast<int>(group / 4 * 2), 2);
+    return fma(high, splat(16), sub(low, splat(32)));
+  }
+  return load_int8(first + group * kPanelRows);  // q6_k, iq4_xs
+}
+template <Format format>
+inline Lanes minus_group_minimum(const std::byte* header, int64_t group) {
+  const std::byte* first = header + kAlign;
+  const Lanes minimum = format == Format::q2_k ? load_bits(first + group * kPanelRows, 4, 4)
+                                               : load_int8(first + (group * 2 + 1) * kPanelRows);
+  return sub(splat(0), minimum);
+}
+
+// The same for quantized weights. With the scale d and the minimum m of a group
 // sum(x (d q + m)) = d sum(x q) + m sum(x), and sum(x) is the same for all outputs.
 template <Format format, int R>
 inline void accumulate_quantized(const std::byte* panel, int64_t k, const Activations& x, const std::byte* next,
                                  Lanes (&out)[R]) {
-  const int64_t n_blocks = k / kBlock;
+  constexpr Quantization q = quantization(format);
+  constexpr int64_t kGroups = kBlock / q.group;  // of 32 columns
+  const float* sums = q.group == kBlock ? x.sums : x.half_sums;
+  const int32_t* minus_sums = q.group == kBlock ? x.minus_sums : x.minus_half_sums;
   for (int r = 0; r < R; ++r) out[r] = splat(0);
-  const auto body = [&](int64_t begin, int64_t end, const std::byte* ahead) {
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t quants = quants_at(format, b);
-      const int64_t scales = scales_at(format, b);
-      if (b % blocks_per_line(format) == 0) prefetch(ahead + scales, panel + scales);
-      const BlockSums<format, R> block(panel + quants, ahead + quants, x.quants + b * (kBlock / 2), x.minus_sums + b,
-                                       k);
-      const Lanes scale = load_f16(panel + scales);
+  // The sums of a group of columns, times its scale. block: the column / 32.
+  const auto add_group = [&](const std::byte* ahead, int64_t block, int64_t part, Lanes scale, Lanes minimum) {
+    const int64_t quants = quants_at(format, block);
+    const int64_t group = block * kGroups + part;
+    const GroupSums<format, R> products(panel + quants, ahead + quants, part, x.quants + block * (kBlock / 2),
+                                        minus_sums + group, k);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const Lanes sum = to_float(total(block.sum[r]));
-        out[r] = fma(mul(scale, splat(x.scales[r * n_blocks + b])), sum, out[r]);
-      }
-      if constexpr (format == Format::q4_1) {
-        const Lanes minimum = load_f16(panel + scales + 32);
+    for (int r = 0; r < R; ++r) {
+      const Lanes sum = to_float(total(products.sum[r]));
+      out[r] = fma(mul(scale, splat(x.scales[r * (k / kBlock) + block])), sum, out[r]);
+    }
+    if constexpr (q.has_minimum()) {
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) out[r] = fma(minimum, splat(x.sums[r * n_blocks + b]), out[r]);
-      }
+      for (int r = 0; r < R; ++r) out[r] = fma(minimum, splat(sums[r * (k / q.group) + group]), out[r]);
     }
   };
-  stream_panel(panel, panel_bytes(format, k), next, n_blocks, block_scale_bytes(format) + block_quant_bytes(format),
-               body);
+  if constexpr (q.is_block_256()) {
+    const auto body = [&](int64_t begin, int64_t end, const std::byte* ahead) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t at = i * q.block_bytes();
+        const std::byte* header = panel + at;
+        for (int64_t line = 0; line < q.header_bytes; line += kAlign) prefetch(ahead + at + line, header + line);
+        const Lanes scale = load_f16(header);
+        for (int64_t group = 0; group < 256 / q.group; ++group) {
+          Lanes minimum = scale;
+          if constexpr (q.has_minimum())
+            minimum = mul(load_f16(header + kPanelRows * 2), minus_group_minimum<format>(header, group));
+          add_group(ahead, i * 8 + group / kGroups, group % kGroups, mul(scale, group_scale<format>(header, group)),
+                    minimum);
+        }
+      }
+    };
+    stream_panel(panel, panel_bytes(format, k), next, k / 256, q.block_bytes(), body);
+  } else {
+    const auto body = [&](int64_t begin, int64_t end, const std::byte* ahead) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t at = scales_at(format, block);
+        if (block % q.blocks_per_line() == 0) prefetch(ahead + at, panel + at);
+        const Lanes scale = load_f16(panel + at);
+        add_group(ahead, block, 0, scale, q.has_minimum() ? load_f16(panel + at + kPanelRows * 2) : scale);
+      }
+    };
+    stream_panel(panel, panel_bytes(format, k), next, k / kBlock, q.scale_bytes() + q.quant_bytes(), body);
+  }
 }
 
 template <Format format, int R>
@@ -172,23 +251,16 @@ void gemm_format(const Matrix& matrix, int64_t panel, int64_t panels, const Acti
 
 void gemm(const Matrix& matrix, int64_t panel, int64_t panels, const Activations& x, int64_t rows,
           const std::byte* next, float* out) {
-  switch (matrix.format) {
-    case Format::f32:
-      return gemm_format<Format::f32>(matrix, panel, panels, x, rows, next, out);
-    case Format::f16:
-      return gemm_format<Format::f16>(matrix, panel, panels, x, rows, next, out);
-    case Format::bf16:
-      return gemm_format<Format::bf16>(matrix, panel, panels, x, rows, next, out);
-    case Format::q8_0:
-      return gemm_format<Format::q8_0>(matrix, panel, panels, x, rows, next, out);
-    case Format::q4_0:
-      return gemm_format<Format::q4_0>(matrix, panel, panels, x, rows, next, out);
-    case Format::q4_1:
-      return gemm_format<Format::q4_1>(matrix, panel, panels, x, rows, next, out);
-  }
+  const auto try_formats = [&]<int... f>(std::integer_sequence<int, f...>) {
+    ((static_cast<int>(matrix.format) == f
+          ? gemm_format<static_cast<Format>(f)>(matrix, panel, panels, x, rows, next, out)
+          : void()),
+     ...);
+  };
+  try_formats(std::make_integer_sequence<int, kFormats>());
 }
 
-void quantize(const float* x, int64_t n, int32_t* quants, float* scales, float* sums, int32_t* minus_sums) {
+void quantize(const float* x, int64_t n, const QuantizedRows& to) {
   for (int64_t b = 0; b < n / kBlock; ++b) {
     const Lanes low = load(x + b * kBlock);
     const Lanes high = load(x + b * kBlock + 16);
@@ -203,14 +275,21 @@ void quantize(const float* x, int64_t n, int32_t* quants, float* scales, float* 
     const Lanes inv_scale = splat(nonzero ? kMaxQuant / max_abs : 0.0f);
     const Lanes low_quants = round(mul(low, inv_scale));
     const Lanes high_quants = round(mul(high, inv_scale));
-    store_quants(quants + b * 16, low_quants);
-    store_quants(quants + b * 16 + 8, high_quants);
+    store_quants(to.quants + b * 16, low_quants);
+    store_quants(to.quants + b * 16 + 8, high_quants);
     // total * 0 is NaN for a nonfinite activation, which the integers can't hold and the result must show.
-    scales[b] = (nonzero ? max_abs / kMaxQuant : 0.0f) + total * 0.0f;
-    // The sum of the rounded values: a rounding error is then multiplied with the weight d q + m, not with d q.
-    const float quants_sum = reduce_add(add(low_quants, high_quants));
-    sums[b] = scales[b] * quants_sum;
-    minus_sums[b] = quants_sum == quants_sum ? -static_cast<int32_t>(quants_sum) : 0;
+    const float scale = (nonzero ? max_abs / kMaxQuant : 0.0f) + total * 0.0f;
+    to.scales[b] = scale;
+    // The sums of the rounded values: a rounding error is then multiplied with the weight d q + m, not with d q.
+    const float low_sum = reduce_add(low_quants);
+    const float high_sum = reduce_add(high_quants);
+    to.sums[b] = scale * (low_sum + high_sum);
+    to.half_sums[b * 2] = scale * low_sum;
+    to.half_sums[b * 2 + 1] = scale * high_sum;
+    const auto negated = [](float sum) { return sum == sum ? -static_cast<int32_t>(sum) : 0; };
+    to.minus_sums[b] = negated(low_sum + high_sum);
+    to.minus_half_sums[b * 2] = negated(low_sum);
+    to.minus_half_sums[b * 2 + 1] = negated(high_sum);
   }
 }
 

@@ -63,6 +63,12 @@ inline Lanes load_int8(const std::byte* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
 }
+inline Lanes load_bits(const std::byte* p, int first, int count) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m128i shifted = _mm_srl_epi16(bytes, _mm_cvtsi32_si128(first));
+  const __m128i masked = _mm_and_si128(shifted, _mm_set1_epi8(static_cast<char>((1 << count) - 1)));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(masked))};
+}
 inline Raw load_raw(const std::byte* p) { return {_mm512_loadu_si512(p)}; }
 inline Lanes bf16_even(Raw raw) { return {_mm512_castsi512_ps(_mm512_slli_epi32(raw.v, 16))}; }
 inline Lanes bf16_odd(Raw raw) {
@@ -118,9 +124,29 @@ inline Ints shifted_left(int32_t x) {
 }
 inline Ints total(const Ints (&sums)[2]) { return {_mm512_add_epi32(sums[0].v, _mm512_slli_epi32(sums[1].v, 8))}; }
 inline Lanes to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
-inline Quads bytes(Raw raw) { return {raw.v}; }
-inline Quads low_nibbles(Raw raw) { return {_mm512_and_si512(raw.v, _mm512_set1_epi8(15))}; }
-inline Quads high_nibbles(Raw raw) { return {_mm512_and_si512(_mm512_srli_epi16(raw.v, 4), _mm512_set1_epi8(15))}; }
+// Bits [first, first + count) of each byte, moved to bits [to, to + count).
+template <int first, int count, int to = 0>
+inline __m512i bits_of(__m512i words) {
+  if constexpr (first > to) words = _mm512_srli_epi16(words, first - to);
+  if constexpr (first < to) words = _mm512_slli_epi16(words, to - first);
+  if constexpr (count < 8)
+    words = _mm512_and_si512(words, _mm512_set1_epi8(static_cast<char>(((1 << count) - 1) << to)));
+  return words;
+}
+template <int first, int count>
+inline Quads field(Raw raw) {
+  return {bits_of<first, count>(raw.v)};
+}
+template <int low_bits, int high_bits, int i>
+inline Quads joined(Raw low, Raw high) {
+  return {_mm512_or_si512(bits_of<i * low_bits, low_bits>(low.v), bits_of<i * high_bits, high_bits, low_bits>(high.v))};
+}
+inline Raw shifted_right(Raw raw, int count) { return {_mm512_srl_epi16(raw.v, _mm_cvtsi32_si128(count))}; }
+template <int first>
+inline Quads look_up(const uint8_t (&table)[16], Raw raw) {
+  const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  return {_mm512_shuffle_epi8(values, bits_of<first, 4>(raw.v))};
+}
 inline void dot(Ints (&sums)[2], Quads weights, const int32_t* x) {
   sums[0].v = _mm512_dpbusd_epi32(sums[0].v, weights.v, _mm512_set1_epi32(x[0]));
   sums[1].v = _mm512_dpbusd_epi32(sums[1].v, weights.v, _mm512_set1_epi32(x[1]));

@@ -102,6 +102,10 @@ inline Lanes load_int8(const std::byte* p) {
   std::memcpy(raw, p, sizeof raw);
   return each([&](int i) { return static_cast<float>(raw[i]); });
 }
+// Bits [first, first + count) of 16 bytes.
+inline Lanes load_bits(const std::byte* p, int first, int count) {
+  return each([&](int i) { return static_cast<float>(static_cast<int>(p[i]) >> first & ((1 << count) - 1)); });
+}
 inline Raw load_raw(const std::byte* p) {
   Raw out;
   std::memcpy(out.v, p, sizeof out.v);
@@ -154,20 +158,34 @@ inline Ints total(const Ints (&sums)[1]) { return sums[0]; }
 inline Lanes to_float(Ints a) {
   return each([&](int i) { return static_cast<float>(a.v[i]); });
 }
-// The bytes of each lane; low_nibbles() and high_nibbles(): the halves of these bytes.
-inline Quads bytes(const Raw& raw) {
+// Bits [first, first + count) of each byte.
+template <int first, int count>
+inline Quads field(const Raw& raw) {
   Quads out;
-  std::memcpy(out.v, raw.v, sizeof out.v);
+  for (int i = 0; i < 16; ++i) out.v[i] = raw.v[i] >> first & 0x01010101u * ((1u << count) - 1);
   return out;
 }
-inline Quads low_nibbles(const Raw& raw) {
+// Field i of low_bits bits of each byte of `low`, and above these bits field i of high_bits bits of `high`.
+template <int low_bits, int high_bits, int i>
+inline Quads joined(const Raw& low, const Raw& high) {
+  const Quads lower = field<i * low_bits, low_bits>(low), upper = field<i * high_bits, high_bits>(high);
   Quads out;
-  for (int i = 0; i < 16; ++i) out.v[i] = raw.v[i] & 0x0F0F0F0F;
+  for (int lane = 0; lane < 16; ++lane) out.v[lane] = lower.v[lane] | upper.v[lane] << low_bits;
   return out;
 }
-inline Quads high_nibbles(const Raw& raw) {
-  Quads out;
-  for (int i = 0; i < 16; ++i) out.v[i] = raw.v[i] >> 4 & 0x0F0F0F0F;
+// Bits [count, 8) of each byte as its lowest bits; what is above these is undefined.
+inline Raw shifted_right(const Raw& raw, int count) {
+  Raw out;
+  for (int i = 0; i < 16; ++i) out.v[i] = raw.v[i] >> count;
+  return out;
+}
+// The entries of the table that bits [first, first + 4) of each byte name.
+template <int first>
+inline Quads look_up(const uint8_t (&table)[16], const Raw& raw) {
+  Quads out = {};
+  for (int i = 0; i < 16; ++i)
+    for (int byte = 0; byte < 32; byte += 8)
+      out.v[i] |= static_cast<uint32_t>(table[raw.v[i] >> (byte + first) & 15]) << byte;
   return out;
 }
 // Adds to each lane its four weights times the four 16-bit activations in two words, in the order of store_quants():

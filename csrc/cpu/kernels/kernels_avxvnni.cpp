@@ -1,0 +1,3 @@
+#define RECYCLE_ISA avxvnni
+#include "simd_avxvnni.h"
+#include "table.h"
