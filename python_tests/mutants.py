@@ -321,11 +321,11 @@ class Copy:
         if not is_done or process.exitcode in (0, 5):  # 5: there is none of the tests
             return None, is_done
         said = self.log.read_text(errors="replace")
-        if found := re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.M):
+        if found := re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.M):
             return found[1], True
         if found := re.search(r'File "[^"]*/(python_tests/test_\w+\.py)", line \d+ in (test_\w+)', said):
             return f"{found[1]}::{found[2]}", True  # a crash, or too long
-        return f"{tests[0]} and others: exit status {process.exitcode}", True
+        return f"{tests[0]} (or another: exit status {process.exitcode})", True
 
     def try_mutant(self, mutant: Mutant, tests: list[str]) -> dict | None:
         """What became of the mutant by the tests; without tests, by its quick ones.
@@ -350,7 +350,7 @@ class Copy:
         finally:
             self.restore()
         if killer is not None and killer not in self.good:
-            if self.pytest([killer.partition(" ")[0]], SECONDS)[0] is not None:
+            if self.pytest([killer.partition(" (")[0]], SECONDS)[0] is not None:
                 print(f"{killer} fails without a mutant too: the next run tries again\n{mutant.describe()}", flush=True)
                 return None
             self.good.add(killer)
