@@ -210,10 +210,15 @@ void launch_gemv_format(Launcher& launcher, const Params& params) {
                  gemv_shared_bytes<R>(Params::kMatrices, params.k), params);
   };
   const int n_rows = params.input.n_rows;
-  if (n_rows == 1) return launch.template operator()<1>();
-  if (n_rows == 2) return launch.template operator()<2>();
-  if (n_rows <= 4) return launch.template operator()<4>();
-  launch.template operator()<8>();
+  // All formats in one kernel take long to compile: two kernels serve all numbers of rows.
+  if constexpr (kFormat == kMixed) {
+    n_rows <= 2 ? launch.template operator()<2>() : launch.template operator()<8>();
+  } else {
+    if (n_rows == 1) return launch.template operator()<1>();
+    if (n_rows == 2) return launch.template operator()<2>();
+    if (n_rows <= 4) return launch.template operator()<4>();
+    launch.template operator()<8>();
+  }
 }
 
 // One kernel for each common format, so that a format's need of registers doesn't limit the others.

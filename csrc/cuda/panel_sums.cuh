@@ -77,9 +77,10 @@ class PanelSums {
                                        const float* x) {
     using Line = PanelLine<format>;
     constexpr int K = Line::kColumns;
-    // Lines of a matrix in an iteration: fewer where a kernel has all formats or eight rows, or would spill registers.
-    constexpr int kLines = kUnroll / (kFormat == kMixed ? 2 * M : R == 8 ? 2 : N);
-    constexpr bool kHalf = Line::kHasUpper || (R == 2 && N == 2 && Line::kQ.has_minimum());
+    // Lines of a matrix in an iteration: fewer where a kernel has eight rows, or would spill registers. One where a kernel
+    // has all formats, which take ptxas minutes otherwise.
+    constexpr int kLines = kFormat == kMixed ? 1 : kUnroll / (R == 8 ? 2 : N);
+    constexpr bool kHalf = Line::kHasUpper || (R == 2 && Line::kQ.has_minimum() && (N == 2 || Line::kQ.is_block_256()));
     constexpr int U = kHalf && kLines > 1 ? kLines / 2 : kLines;
     const int group = threadIdx.x % kThreadsPerLine;
     // Unsigned: divisions by constants are shifts.
