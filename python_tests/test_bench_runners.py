@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from bench_model import jobs_of, request, write_model
 from recycle_ext.bench.peers import LlamaCpp, open_system
 from recycle_ext.bench.runners import Job, Runner, growth, jobs
 from recycle_ext.bench.story import part
-from recycle_ext.bench.systems import Ours, count_draft_tokens
+from recycle_ext.bench.systems import Decoded, Ours, count_draft_tokens
+from recycle_ext.bench.worker import decode_figures
 from recycle_ext.checkpoint.base_model import open_checkpoint
 from recycle_ext.decoding.step import Step
 
@@ -220,3 +222,17 @@ def test_llama_cpp_prefills_and_decodes(default_model):
     decoded = system.decode(4)
     assert (decoded.steps, decoded.tokens) == (4, 4)
     assert 0.9 * default_model.stat().st_size < system.step_bytes < default_model.stat().st_size
+
+
+@pytest.mark.parametrize(("step_bytes", "read"), [(None, 4 * (1000 + 500)), (700.0, 4 * (700 + 500))])
+def test_figures_of_a_decoding_count_weights_and_cache_of_every_step(step_bytes, read):
+    decoded = Decoded(2.0, steps=4, tokens=6, cache_bytes=500.0, step_bytes=step_bytes, acceptance_rate=0.5)
+    assert decode_figures(decoded, SimpleNamespace(step_bytes=1000), bandwidth=5000.0) == {
+        "tokens": 6,
+        "steps": 4,
+        "tokens_per_second": 3.0,
+        "gigabytes_per_second": read / 2 / 1e9,
+        "read_bandwidth_gigabytes_per_second": 5e-6,
+        "roofline_fraction": read / 2 / 5000,
+        "acceptance_rate": 0.5,
+    }

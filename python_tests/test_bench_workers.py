@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from bench_model import SMALL, jobs_of, write_model
+from tqdm import tqdm
 
-from recycle_ext.bench import worker
+from recycle_ext.bench import interleaved_runs, worker
 from recycle_ext.bench.__main__ import main
 from recycle_ext.bench.interleaved_runs import RunnerRecord, run_interleaved
 from recycle_ext.bench.report import limit_fraction, summary
@@ -43,6 +44,7 @@ for count, line in enumerate(sys.stdin):
     names += "roofline_fraction first_token_seconds prefill_tokens_per_second peak_memory_bytes"
     answer = dict.fromkeys(names.split(), 1.0 + count)
     answer["acceptance_rate"] = None if mode == "standard" else 0.5
+    answer["phases"] = []
     print(json.dumps(answer), flush=True)
 """
 
@@ -75,6 +77,20 @@ def test_interleaved_runs_alternate_their_direction(model, pretend):
     assert run_interleaved(records, 3, phases=False)
     assert order() == ["s", "v", "a", "a", "v", "s", "s", "v", "a"]
     assert [len(record.measurements) for record in records] == [3, 3, 3]
+
+
+def test_progress_ends_at_its_total(model, pretend, monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            bars.append(self)
+
+    pretend()
+    monkeypatch.setattr(interleaved_runs, "tqdm", Bar)
+    assert run_interleaved([RunnerRecord(job) for job in jobs_of(model)], 2, phases=True)
+    assert [(bar.n, bar.total) for bar in bars] == [(12, 12)]  # three load, run twice, and give their phases
 
 
 @pytest.mark.parametrize(("deed", "reason"), [("fall", "out of luck"), ("shot", "ended by signal 9: no reason given")])

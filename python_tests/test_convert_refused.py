@@ -82,6 +82,12 @@ def test_final_norm_that_cannot_be_undone_is_refused(tmp_path, change, reason):
         convert.to_module(Source(tmp_path / "head"), base, before_norm=True)
 
 
+def test_base_without_a_head_is_refused_with_the_formats(tmp_path, capsys):
+    base = write_base(tmp_path / "base")
+    assert run(base.path, "--base", base.path, "--output", tmp_path / "module") == 2
+    assert "no head of a known format; the formats, each with a tensor that shows it," in capsys.readouterr().err
+
+
 def test_wrong_arguments_are_refused(tmp_path, capsys):
     base = write_base(tmp_path / "base")
     write_module(tmp_path / "module", base, norms=False)

@@ -25,6 +25,8 @@ COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") o
 FLAGS = "-std=c++20 -g1 -ffp-contract=off -fno-sanitize-recover=all"
 # -O0: optimizing the kernels under AddressSanitizer takes minutes.
 SANITIZERS = {"address": "-O0 -fsanitize=address,undefined", "thread": "-O1 -Wno-tsan -fsanitize=thread"}
+# Before csrc/include: an arena with bytes behind each array that nothing may touch.
+REDZONES = TESTS.parent / "cuda_emulation" / "redzones"
 # The emulated AVX-VNNI and AVX-512 kernels and the others, told that the processor has all.
 EMULATED = f"-O1 -Wno-psabi -Wno-ignored-attributes -isystem {TESTS / 'emulated_avx'} -D__builtin_cpu_supports(x)=1"
 TESTS_OF = {
@@ -56,7 +58,7 @@ def sources(program: str) -> dict[Path, str]:
 def state_of_sources() -> str:
     """A name for what the programs depend on."""
     digest = hashlib.sha256(f"{COMPILER} {FLAGS} {SANITIZERS} {EMULATED} {_C.runnable_isas()}".encode())
-    for file in sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cpp"), *TESTS.rglob("*.h"), *TESTS.glob("*.cpp")]):
+    for file in sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cpp"), *TESTS.rglob("*.[ch]*"), *REDZONES.rglob("*.h")]):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -85,7 +87,8 @@ def build(name: str, folder: Path) -> Path:
     def compiled(item: tuple[Path, str]) -> Path:
         source, own = item
         out = folder / f"{name}.{source.stem}.o"
-        run_compiler(*FLAGS.split(), *flags, *own.split(), f"-I{CSRC / 'include'}", "-c", source, "-o", out)
+        headers = [f"-I{REDZONES}"] * (name == "address") + [f"-I{CSRC / 'include'}"]
+        run_compiler(*FLAGS.split(), *flags, *own.split(), *headers, "-c", source, "-o", out)
         return out
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

@@ -385,26 +385,27 @@ def test_draft_vocabulary_outside_the_vocabulary_is_reported(tmp_path, library, 
     assert torch.equal(emulated.pending, pending)
 
 
+@pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:1]], ids=len)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(("mode", "drafts"), [("standard", 1), ("verify", 1), ("verify", 3), ("alternate", 2)])
-def test_finish_prefill_equals_prefill_of_the_cpu(tmp_path, library, mode, drafts, temperature):
+def test_finish_prefill_equals_prefill_of_the_cpu(tmp_path, library, mode, drafts, temperature, prompt):
     """The last token of a prompt runs as a step of its sequence alone, and leaves the state of a prefill."""
     base = write_base(tmp_path / "base")
-    packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
-    prompts, seeds = [[9] * 20, PROMPT], [3, 4]
+    packed = pack_model(base, write_module(tmp_path / "module", base, zero_first_embedding=True), "f32")
+    prompts, seeds = [[9] * 20, prompt], [3, 4]
     decoder = decoder_of(packed, mode, drafts, torch.float32, prompts, temperature=temperature, seeds=seeds)
     emulated = Emulated(library, decoder)
     emulated.pending[1] = 0
-    emulated.pending[1, 0] = PROMPT[-1]
-    emulated.lengths[0, 1] = len(PROMPT) - 1
-    emulated.lengths[1, 1] = len(PROMPT) - 1 if decoder.num_draft_tokens else 0
+    emulated.pending[1, 0] = prompt[-1]
+    emulated.lengths[0, 1] = len(prompt) - 1
+    emulated.lengths[1, 1] = len(prompt) - 1 if decoder.num_draft_tokens else 0
     tokens, counts = emulated.step(first_of=1)
     assert counts.tolist() == [0, 1]
     assert tokens[1, 0] == decoder.pending[1, 0]
     assert torch.equal(emulated.pending, decoder.pending)
     assert torch.equal(emulated.lengths, decoder.lengths)
     torch.testing.assert_close(emulated.draft_probs, decoder.draft_probs, rtol=1e-4, atol=1e-6)
-    rows = len(PROMPT)
+    rows = len(prompt)
     caches = [(emulated.base_cache, decoder.base_cache)]
     caches += [(emulated.module_cache, decoder.module_cache)] if decoder.num_draft_tokens else []
     for given, expected in caches:

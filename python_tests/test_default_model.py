@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import subprocess
 import sys
 import textwrap
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -159,10 +159,18 @@ def test_cache_that_cannot_be_written_is_reported(tmp_path, monkeypatch):
         default_model.default_model_path()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_read_only_cache_is_reported(cache):
-    cache.mkdir()
-    cache.chmod(stat.S_IRUSR | stat.S_IXUSR)
+@pytest.fixture
+def bound_by_permissions() -> Iterator[None]:
+    """Root, who may write everywhere, becomes another user for the test."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # nobody
+    yield
+    os.seteuid(user)
+
+
+def test_read_only_cache_is_reported(cache, monkeypatch, bound_by_permissions):
+    monkeypatch.setenv("RECYCLE_CACHE", "/usr")  # another user's, which everybody may read
     with pytest.raises(RecycleError, match="cannot be stored: Permission denied"):
         default_model.default_model_path()
 

@@ -307,3 +307,9 @@ def test_cloze_figures_equal_hand_counts():
     assert whole["difference_points"] == pytest.approx(-20)
     low, high = whole["difference_points_interval"]
     assert -100 <= low < -20 < high <= 0
+
+
+def test_interval_of_the_relative_drop_encloses_the_drop():
+    *_, whole = cloze_figures([[1, 1]] * 8, [[1, 1], [1, 0]] * 4)
+    low, high = whole["relative_drop_interval"]
+    assert 0 <= low < whole["relative_drop"] == 0.5 < high <= 1

@@ -195,6 +195,14 @@ def test_what_a_file_leaves_open_is_warned_of(folder, metadata, message):
     assert all(str(file) in str(warning.message) for warning in caught)
 
 
+@pytest.mark.parametrize("number", [None, 2**32 - 1])
+def test_file_that_has_no_such_token_is_not_warned_of(folder, number):
+    file = write_vocabulary(folder / "none.gguf", sentencepiece("ab", eos_token_id=number))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RecycleWarning)
+        read_vocabulary(file)
+
+
 def test_token_types_that_llama_cpp_overrides_are_control_tokens(folder):
     file = write_vocabulary(
         folder / "normal.gguf",

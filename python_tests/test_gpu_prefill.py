@@ -120,3 +120,43 @@ def test_prefill_in_bf16_is_as_exact_as_pytorch(tmp_path):
     for layer in range(base.config.n_layers):
         for kv in (0, 1):
             assert_as_good_as(ours[layer, kv, 0, :, :39], native.held(layer)[kv][0], exact.held(layer)[kv][0])
+
+
+@pytest.fixture
+def decoder(tmp_path) -> Decoder:
+    """Two sequences with three draft tokens a step; the first has state of its own."""
+    base = write_base(tmp_path / "base")
+    packed = pack_model(base, write_module(tmp_path / "module", base), "f32")
+    decoder = Decoder(packed, "verify", 3, batch=2, capacity=20)
+    decoder.prefill([5, 6, 7], 0)
+    return decoder
+
+
+def end_with(monkeypatch, count: int) -> None:
+    """The end of a prefill gives this count, in the place of the GPU's kernels."""
+    counts = torch.full((2,), count)
+    monkeypatch.setattr(torch.ops.recycle, "finish_prefill", lambda *_: (None, counts), raising=False)
+
+
+def test_prompt_that_just_fits_is_read_and_a_longer_one_refused(decoder, monkeypatch):
+    end_with(monkeypatch, 1)
+    room = decoder.base_cache.shape[4]
+    prompt = torch.arange(room - 1)  # the draft tokens but the first take two rows
+    with pytest.raises(
+        ValueError, match=f"prompt has {room - 1} tokens, but the caches have room for {room} positions"
+    ):
+        cuda_prefill.prefill(*decoder.arguments(), 1, prompt)
+    cuda_prefill.prefill(*decoder.arguments(), 1, prompt[:-1])
+    assert decoder.lengths[:, 1].tolist() == [room - 3, room - 3]
+    assert decoder.pending[1].tolist() == [room - 3, 0, 0, 0]
+
+
+def test_nonfinite_end_of_a_prefill_leaves_that_sequence_idle_and_the_others_alone(decoder, monkeypatch):
+    end_with(monkeypatch, -1)
+    pending, lengths = decoder.pending[0].clone(), decoder.lengths[:, 0].clone()
+    with pytest.raises(RuntimeError, match=r"a logit is NaN or infinite \(sequence 1, position 4\)"):
+        cuda_prefill.prefill(*decoder.arguments(), 1, torch.arange(5))
+    assert decoder.pending[1].tolist() == [-1] * 4
+    assert decoder.lengths[:, 1].tolist() == [0, 0]
+    assert torch.equal(decoder.pending[0], pending)
+    assert torch.equal(decoder.lengths[:, 0], lengths)

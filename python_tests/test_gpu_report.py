@@ -19,6 +19,7 @@ from recycle_ext.bench.random_model import SHAPES, random_model
 from recycle_ext.checkpoint.shapes import base_shapes, module_shapes
 from recycle_ext.decoding.cuda_graph import GraphedStep
 from recycle_ext.decoding.decoder import Decoder
+from recycle_ext.errors import RecycleError
 from recycle_ext.weights.pack import pack_model
 
 
@@ -94,6 +95,19 @@ def test_plot_shows_the_rates_in_bf16_by_shape(tmp_path):
     assert [line.get_ydata()[0] for line in axes.lines] == pytest.approx([1000, 1600, 1000])
     plot(bars(results), heading(report), str(tmp_path / "gpu.png"), group="shape")
     assert (tmp_path / "gpu.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["gpu.md", "gpu.png", "memcheck.txt"])
+def test_report_replaces_only_files_of_an_earlier_report(tmp_path, name):
+    gpu_report.check_folder(tmp_path)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(RecycleError, match=rf"{name} is there already, without a gpu\.json"):
+        gpu_report.check_folder(tmp_path)
+    (tmp_path / "gpu.json").write_text("{}")
+    with pytest.raises(RecycleError, match=r"gpu\.json: is there already and was not made by this command"):
+        gpu_report.check_folder(tmp_path)
+    (tmp_path / "gpu.json").write_text('{"machine": "", "checks": {}, "results": []}')
+    gpu_report.check_folder(tmp_path)
 
 
 def test_checks_go_from_what_is_simplest_to_what_is_fastest(tmp_path, monkeypatch):

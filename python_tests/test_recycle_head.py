@@ -126,6 +126,15 @@ def test_temperature_near_0_gives_the_argmax(isa, temperature, top_k, top_p):
         assert probs.max() == 1
 
 
+def test_top_p_that_equal_tokens_reach_exactly_keeps_the_lowest_ids(isa):
+    packed = pack_matrix(torch.zeros(16, 32), "f32")
+    drawn = set()
+    for seed in range(4):
+        tokens, _ = call(torch.ones(64, 32), None, packed, "f32", 16, 1.0, 0, 0.5, torch.arange(64) + 64 * seed)
+        drawn |= set(tokens.tolist())
+    assert drawn == set(range(8))
+
+
 @pytest.mark.parametrize("temperature", [1e30, 1e39, 1e308])
 def test_temperature_of_any_size_keeps_the_cuts(isa, temperature):
     hidden, norm, packed, _ = case(64, 32, 50, "f32")

@@ -11,6 +11,8 @@ from models import write_base, write_byte_tokenizer, write_module
 import recycle_ext
 from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.decoding.step import SequenceStep, Step
+from recycle_ext.generate.__main__ import figures
+from recycle_ext.generate.generation import Statistics
 
 PROMPT = "the sea"
 DRAFTS = 4
@@ -179,3 +181,17 @@ def test_decode_without_a_limit_fills_the_capacity(model):
     tokens = [token for step in decoder.decode([5, 6, 7]) for token in step.tokens]
     assert len(tokens) == 30 - 3
     assert tokens == list(Decoder(model.packed, "verify", 2, capacity=30).stream([5, 6, 7]))
+
+
+def test_figures_of_a_generation_are_shown_line_by_line():
+    counts = {"prompt_tokens": 10, "new_tokens": 21, "steps": 12, "offered_drafts": 10, "accepted_drafts": 8}
+    sizes = {"prefill_seconds": 0.5, "decode_seconds": 2.0, "weight_bytes": 10**8, "read_bytes": 4 * 10**9}
+    statistics = Statistics("verify", 1, seed=7, **counts, **sizes)
+    assert figures(statistics, read_bandwidth=8e9).splitlines() == [
+        "prefill         10 tokens    0.500 s      20.0 tokens/s",
+        "decode          20 tokens    2.000 s      10.0 tokens/s  (verify)",
+        "acceptance   80.0% of 10 draft tokens",
+        "base steps      12 for 20 tokens: 8 saved",
+        "weights      100.0 MB, read at 2.0 GB/s: 25% of this machine's 8.0 GB/s",
+        "seed        7",
+    ]

@@ -1,4 +1,4 @@
-"""torch's default dtype and device, which a program around this package may have set, change no token."""
+"""torch's default dtype and device, which a program around this package may have set, change no token and no weight."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from models import write_base, write_byte_tokenizer, write_module
+from train_model import SMALL, write_joint_config, write_text
 
 import recycle_ext
 from recycle_ext.checkpoint.config import DTYPES
+from recycle_ext.train import __main__ as train
 
 OPTIONS = ({}, {"temperature": 0.9, "drafts": 2}, {"mode": "standard"}, {"mode": "alternate"}, {"drafts": "auto"})
 
@@ -45,3 +47,27 @@ def test_generation_with_other_torch_defaults_gives_the_same_tokens(folder, othe
     expected = token_ids(folder, dtype)
     other_defaults()
     assert token_ids(folder, dtype) == expected
+
+
+def trained_weights(folder: Path, output: Path) -> dict[str, bytes]:
+    """The weights of a joint run, and of runs for its base on the folder's text and on the base's own."""
+    steps, text = [*SMALL, "--steps", "2"], ["--text", str(folder / "text.txt")]
+    frozen = ["--base", str(output / "joint" / "base"), "--draft-vocab", "100", *steps]
+    runs = {
+        "joint": ["--joint", str(folder / "tiny.json"), *text, *steps],
+        "text": [*frozen, *text],
+        "own": [*frozen, "--self-generate", "500"],
+    }
+    for name, arguments in runs.items():
+        assert train.main([*arguments, "--output", str(output / name)]) == 0
+    return {str(file.relative_to(output)): file.read_bytes() for file in output.rglob("*.safetensors")}
+
+
+def test_training_with_other_torch_defaults_gives_the_same_weights(tmp_path, other_defaults):
+    write_text(tmp_path)
+    write_joint_config(tmp_path)
+    expected = trained_weights(tmp_path, tmp_path / "first")
+    other_defaults()
+    assert trained_weights(tmp_path, tmp_path / "second") == expected
+    assert torch.get_default_dtype() != torch.float32
+    assert torch.get_default_device().type == "meta"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from train_model import finish, frozen_trainer, sampled_states, write_small_base
+from models import reference_base
+from train_model import ONE_PROCESS, VOCAB, finish, frozen_trainer, sampled_states, write_small_base
 
+from recycle_ext.checkpoint.config import ModuleConfig
 from recycle_ext.checkpoint.module import open_module
 from recycle_ext.decoding.decoder import Decoder
-from recycle_ext.train.frozen import Targets
+from recycle_ext.train.frozen import Targets, initial_module
+from recycle_ext.train.joint import Joint
 from recycle_ext.weights.pack import pack_model
 
 
@@ -91,3 +94,16 @@ def test_loss_under_autocast_is_float32(base, states):
         expected = -((states.float() @ head.T).log_softmax(-1) * target).sum(-1).mean()
     # The logits are rounded to bfloat16, the sums are not.
     assert float(loss) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_joint_figures_are_of_the_held_out_sequences(tmp_path):
+    base = write_small_base(tmp_path / "base")
+    module = initial_module(ModuleConfig.like(base.config, 1), reference_base(base, torch.float32), 0)
+    tokens = torch.randint(0, VOCAB, (12, 16), generator=torch.Generator().manual_seed(0))
+
+    def figures(tokens: torch.Tensor) -> dict[str, float]:
+        return Joint(reference_base(base, torch.float32), module, None, tokens, 4, 1.0, ONE_PROCESS).evaluate()
+
+    expected = figures(tokens)
+    assert figures(torch.cat((torch.zeros_like(tokens[:8]), tokens[8:]))) == expected
+    assert figures(torch.cat((tokens[:11], torch.zeros_like(tokens[:1])))) != expected

@@ -236,27 +236,28 @@ def test_finished_run_resumed_saves_the_same_module(folder, tmp_path):
     assert contents(output) == before
 
 
-def ctrl_c(monkeypatch, step: int, times: int) -> None:
-    """Ctrl-C while the step after ``step`` computes."""
+def send(monkeypatch, number: signal.Signals, step: int, times: int = 1) -> None:
+    """A signal while the step after ``step`` computes."""
     train_step = Trainer.train_step
 
     def interrupted(trainer, *stop):
         if trainer.step == step:
             for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
         return train_step(trainer, *stop)
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
 
 
-def test_interrupted_run_resumed_equals_a_whole_run(folder, tmp_path, capsys, monkeypatch):
-    """Ctrl-C before anything was saved: exit status 130, the remedy in one line, and the same module in the end."""
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_run_resumed_equals_a_whole_run(folder, tmp_path, capsys, monkeypatch, number, status):
+    """A signal before anything was saved: its exit status, the remedy in one line, and the same module in the end."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     steps = ["--steps", "6"]
     assert attach(folder, whole, *steps) == 0
     with monkeypatch.context() as patch:
-        ctrl_c(patch, step=2, times=1)
-        assert attach(folder, cut, *steps) == 130
+        send(patch, number, step=2)
+        assert attach(folder, cut, *steps) == status
     error = capsys.readouterr().err
     assert "stopping after this step; Ctrl-C again stops at once" in error
     assert error.splitlines()[-1] == f"stopped; go on with --resume --output {cut}"
@@ -267,7 +268,7 @@ def test_interrupted_run_resumed_equals_a_whole_run(folder, tmp_path, capsys, mo
 
 
 def test_second_interrupt_stops_at_once_and_promises_nothing(folder, tmp_path, capsys, monkeypatch):
-    ctrl_c(monkeypatch, step=0, times=2)
+    send(monkeypatch, signal.SIGINT, step=0, times=2)
     assert attach(folder, tmp_path / "out") == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("stopped before a step was saved; the same command begins anew")

@@ -1,7 +1,7 @@
 """What all command lines share: how they end, and lists of names and numbers in one option.
 
 Exit statuses: 0; 1: the command found something wrong, or its output cannot be written; 2: what the user gave cannot be
-used (options, files, models, too little memory for them); 130: Ctrl-C; 141: the reader of a pipe has left.
+used (options, files, models, too little memory for them); 130: Ctrl-C; 141: the reader of a pipe has left; 143: SIGTERM.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from recycle_ext.arguments import shown
 from recycle_ext.errors import RecycleError, RecycleWarning, first_line, is_out_of_memory
 
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+TERMINATED = 143  # and of a program that SIGTERM ended
 _PIPE_CLOSED = 141  # and of a program that SIGPIPE ended, as cat
 # The opposite of what a stream is for, so that its use is an error. What is written to standard error is lost.
 _CLOSED = {"stdin": (os.O_WRONLY, "r"), "stdout": (os.O_RDONLY, "w"), "stderr": (os.O_WRONLY, "w")}

@@ -44,7 +44,14 @@ RACES = Variant(
     "-DRECYCLE_EMULATE_RACES",
     "-fsanitize=thread",
 )
-BOUNDS = Variant("bounds", "-O0 -fsanitize=address", "", "-fsanitize=address", HERE / "redzones")
+# Alignment too: a GPU faults at a vector that does not begin at a multiple of its size.
+BOUNDS = Variant(
+    "bounds",
+    "-O0 -fsanitize=address,alignment -fno-sanitize-recover=alignment",
+    "",
+    "-fsanitize=address,alignment",
+    HERE / "redzones",
+)
 CHECKS = Variant(
     "checks",
     "-O0 -fno-omit-frame-pointer -fsanitize=kernel-address --param asan-stack=0 --param asan-globals=0 "

@@ -169,6 +169,7 @@ def smoke_cases() -> list[Case]:
         step(MIXED, "verify", 2, [62, 130]),
         step("q6_k", "standard", 0, [64, -1]),
         attention(3, [127, 64], torch.float32, 14),
+        attention(1, [SPLITS * CHUNK - 1], torch.bfloat16),  # every split has a chunk
     ]
 
 

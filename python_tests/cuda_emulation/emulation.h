@@ -56,20 +56,10 @@ inline int shuffle_xor(int value, int mask) {
   return static_cast<int>(emulator::exchange(static_cast<uint32_t>(value), mask));
 }
 inline uint4 load_weights(const std::byte* from) {
-  uint4 value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
+  return *reinterpret_cast<const uint4*>(from);  // as a vector, whose alignment is checked
 }
-inline uint2 load_weights_8(const std::byte* from) {
-  uint2 value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-inline uint32_t load_weights_4(const std::byte* from) {
-  uint32_t value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
+inline uint2 load_weights_8(const std::byte* from) { return *reinterpret_cast<const uint2*>(from); }
+inline uint32_t load_weights_4(const std::byte* from) { return *reinterpret_cast<const uint32_t*>(from); }
 inline uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = uint64_t{high} << 32 | low;
   const auto byte = [&](int i) { return static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i; };

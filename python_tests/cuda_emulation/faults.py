@@ -169,6 +169,16 @@ FAULTS = [
         ("AddressSanitizer: use-after-poison", "combine_splits"),
     ),
     Fault(
+        "misaligned vectors in shared memory",
+        "gemv.cuh",
+        "x_staged_(squares_ + round_up(kGemvWarps * R + R, 4))",
+        "x_staged_(squares_ + round_up(kGemvWarps * R + R, 4) - 1)",
+        "linear.cu",
+        BOUNDS,
+        _STEP,
+        ("misaligned address", "struct float2", "panel_sums.cuh"),
+    ),
+    Fault(
         "uninitialised shared value: the sum of the weights",
         "attention.cu",
         "      sum_[threadIdx.x] = 0;\n",

@@ -75,14 +75,17 @@ def programs(variants: tuple[Variant, ...], folder: Path) -> dict[str, Path]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="all cases, not only the smoke cases")
+    names = [variant.name for variant in SANITIZED]
+    parser.add_argument("--tool", choices=names, help="one of the three builds (default: each in turn)")
     parser.add_argument("--orders", type=int, default=2, help="shuffled orders of blocks and threads (default: 2)")
     parser.add_argument("--seed", type=int, default=1, help="of the first order")
     given = parser.parse_args(arguments)
     cases = list(all_cases()) if given.all else smoke_cases() + sampled_cases()
     seeds = range(given.seed, given.seed + given.orders)
     faults = 0
+    variants = tuple(variant for variant in SANITIZED if given.tool in (None, variant.name))
     with tempfile.TemporaryDirectory() as folder:
-        for name, program in programs(SANITIZED, Path(folder)).items():
+        for name, program in programs(variants, Path(folder)).items():
             begin = time.monotonic()
             # Small batches: a process begins with fresh fibers, and all processors have work to the end.
             size = 20 if name == RACES.name else 50

@@ -71,7 +71,7 @@ def odd_value(random: Random, value: Any) -> Any:
         return random.choice(
             [value[:at], value[at:], value * 2, value[:at] + "\0" + value[at:], value.upper(), value + " "]
         )
-    return random.choice([*VALUES, random.choice(INTEGERS)])
+    return copy.deepcopy(random.choice([*VALUES, random.choice(INTEGERS)]))  # a list of VALUES is edited later
 
 
 def damaged_json(random: Random, content: Any, donor: Any = None) -> Any:

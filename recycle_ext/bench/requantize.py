@@ -63,7 +63,7 @@ def requantized_file(source: Path, dtype: str, scratch: Path, note: Callable[[st
     note(f"writing {dtype} weights ({', '.join(dict.fromkeys(wanted))}) for llama.cpp")
     try:
         _convert(GGUFReader(source), target, *wanted)
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # the second: gguf cannot convert the type
         note(f"llama.cpp in {dtype} is left out: {target} cannot be written: {error}")
         return None
     return str(target)

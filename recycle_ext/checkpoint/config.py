@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from recycle_ext.checkpoint.json_file import as_float
 from recycle_ext.errors import RecycleError
 
 _MAX_FLOAT32 = torch.finfo(torch.float32).max
@@ -197,6 +198,8 @@ class ModuleConfig(StackConfig):
             allowed = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}.get(kind)
             if allowed and type(values[name]) not in allowed:
                 raise RecycleError(f"{file}: {name} is {values[name]!r}; it must be {kind}")
+            if kind == "float":
+                values[name] = as_float(values[name])
         if (scaling := values["rope_scaling"]) is not None:
             if not isinstance(scaling, dict):
                 raise RecycleError(f"{file}: rope_scaling is {scaling!r}; it must be an object")

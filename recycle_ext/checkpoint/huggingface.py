@@ -11,7 +11,7 @@ import torch
 from recycle_ext.checkpoint import safetensors as safetensors_file
 from recycle_ext.checkpoint.architectures import BY_HF_CLASS, BY_MODEL_TYPE, Architecture
 from recycle_ext.checkpoint.config import ModelConfig, RopeScaling, StackConfig
-from recycle_ext.checkpoint.json_file import Fields, read_json
+from recycle_ext.checkpoint.json_file import Fields, as_float, read_json, read_text
 from recycle_ext.checkpoint.tensor_source import TensorSource
 from recycle_ext.errors import RecycleError
 from recycle_ext.text import tokenizer
@@ -193,7 +193,7 @@ def read_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
         path / "tokenizer.json",
         config=settings,
         special_tokens_map=named,
-        chat_template=template_file.read_text("utf-8") if template_file.is_file() else None,
+        chat_template=read_text(template_file) if template_file.is_file() else None,
         vocab_size=config.vocab_size,
         eos_token_ids=config.eos_token_ids,
         bos_token_id=config.bos_token_id,
@@ -217,13 +217,13 @@ def read_rope(fields: Fields) -> tuple[float, RopeScaling | None]:
         fields.refuse("partial_rotary_factor", part, "1")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return float(theta), None
+        return as_float(theta), None
     if kind != "llama3":
         fields.refuse(key, kind, '"llama3"')
     # As in transformers: the length beside "rope_scaling" counts before the one inside, and the default is the context.
     name = "original_max_position_embeddings"
     length = fields.values.get(name, rope.get(name, fields.values.get("max_position_embeddings")))
-    return float(theta), RopeScaling.from_json(rope | {name: length}, f'{fields.file}: "{key}"')
+    return as_float(theta), RopeScaling.from_json(rope | {name: length}, f'{fields.file}: "{key}"')
 
 
 def _context(fields: Fields, architecture: Architecture) -> int:

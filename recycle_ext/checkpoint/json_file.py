@@ -1,12 +1,23 @@
-"""JSON files that a user may have damaged."""
+"""Text and JSON files that a user may have damaged."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from recycle_ext.errors import RecycleError
+
+
+def read_text(file: Path) -> str:
+    """The UTF-8 text of a file. Raises RecycleError for a file that cannot be read or is not UTF-8."""
+    try:
+        return file.read_text("utf-8")
+    except OSError as error:
+        raise RecycleError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RecycleError(f"{file}: not UTF-8: {error.reason}, byte {error.start}") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -24,6 +35,14 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def as_float(number: float) -> float:
+    """A number of a JSON file as a float; an integer that no float holds is infinite."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+
+
 class Fields:
     """The fields of a Hugging Face config.json, their types checked when they are read."""
 
@@ -39,7 +58,7 @@ class Fields:
         if value is None:
             raise RecycleError(f'{self.file}: "{key}" is {"null" if key in self.values else "missing"}')
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = as_float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise RecycleError(f'{self.file}: "{key}" is {value!r}, not {kind.__name__}')
         return value

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from recycle_ext.checkpoint.json_file import read_text
 from recycle_ext.decoding.decoder import Decoder
 from recycle_ext.errors import RecycleError
 from recycle_ext.eval.decoding import decode
-from recycle_ext.eval.jsonl import read_objects, read_text
+from recycle_ext.eval.jsonl import read_objects
 from recycle_ext.files import check_output, has_keys, write_whole
 from recycle_ext.text.tokenizer import Tokenizer
 

@@ -6,17 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from recycle_ext.checkpoint.json_file import read_text
 from recycle_ext.errors import RecycleError
-
-
-def read_text(file: Path) -> str:
-    """The UTF-8 text of a file."""
-    try:
-        return file.read_text("utf-8")
-    except OSError as error:
-        raise RecycleError(f"{file}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise RecycleError(f"{file}: not UTF-8: {error.reason}, byte {error.start}") from None
 
 
 def read_objects(file: Path, kinds: dict[str, type]) -> Iterator[tuple[str, dict]]:

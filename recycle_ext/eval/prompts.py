@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from recycle_ext.checkpoint.json_file import read_text
 from recycle_ext.errors import RecycleError
-from recycle_ext.eval.jsonl import read_objects, read_text
+from recycle_ext.eval.jsonl import read_objects
 from recycle_ext.text.tokenizer import Tokenizer
 
 # Eight prompts per category, written for this file. The file shares no prompt with the training prompts

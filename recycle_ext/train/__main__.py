@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,23 @@ from recycle_ext.train.workers import Workers, join, leave
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    return exit_status(lambda: run(parse_arguments(arguments)))
+    with torch_defaults():
+        return exit_status(lambda: run(parse_arguments(arguments)))
+
+
+@contextmanager
+def torch_defaults() -> Iterator[None]:
+    """torch's default dtype and device as torch has them, whatever the calling program has set.
+
+    Models, optimizer and schedule are made by libraries that use the defaults.
+    """
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     workers = join(options.device)
     try:
         figures = train(options, workers)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the second: SIGTERM
         if workers.is_leader:
             print(stopped(Path(options.output)), file=sys.stderr)
         raise
