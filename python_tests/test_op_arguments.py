@@ -184,7 +184,7 @@ def test_attention_decode_with_head_dim_24_is_refused():
         ({"hidden": torch.zeros(1, 33)}, "hidden has 33 columns"),
         ({"hidden": torch.zeros(65, 32)}, "hidden has 65 rows"),
         ({"head": torch.zeros(10, dtype=torch.uint8)}, "head has 10 bytes; it needs"),
-        ({"format": 9}, "format is 9"),
+        ({"format": 99}, "format is 99"),
         ({"n_vocab": 0}, "n_vocab is 0"),
         ({"n_vocab": 500}, "head has"),
         ({"norm": torch.zeros(3)}, "norm has shape"),
