@@ -92,7 +92,7 @@ def converted_matrix(values: Tensor, format: str) -> tuple[Tensor, Tensor]:
 def in_formats(packed: PackedModel, formats: list[str], generator: torch.Generator) -> PackedModel:
     """The model, in f32 and with a head of its own, with other random matrices: of these formats in turn.
 
-    A matrix whose rows fit none of them is q8_0.
+    A matrix whose rows fit none of them is q8_0, or bf16.
     """
     view = read_plan(packed.weights, packed.plan)
     stacks = [view.stack] + ([view.module.stack] if view.module else [])
@@ -102,7 +102,7 @@ def in_formats(packed: PackedModel, formats: list[str], generator: torch.Generat
     size, cycle = len(packed.weights), itertools.cycle(formats)
     for matrix in (value for value in found if isinstance(value, Matrix)):
         fitting = (name for name in itertools.islice(cycle, len(formats)) if columns(name, matrix.k) == matrix.k)
-        chosen = next(fitting, "q8_0")
+        chosen = next(fitting, "bf16" if matrix.k % 32 else "q8_0")
         entry = [matrix.offset, FORMATS[matrix.format], matrix.n, matrix.k]
         at = next(i for i in range(len(plan)) if plan[i : i + 4] == entry)
         replacement, _ = random_matrix(chosen, matrix.n, matrix.k, generator)
