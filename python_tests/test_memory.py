@@ -1,7 +1,6 @@
 """Memory in use stays near the packed weights: no second copy, at no time.
 
-What counts is anonymous memory. Pages of files, of libraries for instance, are the page cache's, which the system takes
-back when memory is short.
+Only anonymous memory counts. The system takes pages of files back when memory is short.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@
 //   four panels side by side, for more independent sums: one thread of a Zen 4 then reads from memory 25 GB/s of
 //     bf16, 22 of q8_0 and 17 of q4_0; one panel after the other 29, 28 and 25
 //   quants widened to float32: three times the instructions, which then are the bound and not memory
-//   activations in 8 bits: half the instructions, which memory hides anyway, and 250 times the error
+//   activations in 8 bits: half the products, and 250 times the error (docs/formats.md has what this does to a model)
 #pragma once
 
 #include "prefetch.h"
